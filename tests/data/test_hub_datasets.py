@@ -163,18 +163,9 @@ def test_a_csv_with_a_column_of_splits(connected):
 # ----------------------------------------------------------------------------- what is refused
 
 
-def test_a_repository_without_files_is_told_which_it_has(folder):
-    assert fails(DataConfig("hf://datasets/me/folder")) == (
-        "hf://datasets/me/folder is a folder on the Hub: name its files in data.source, as in "
-        "'hf://datasets/me/folder/{split}/metadata.jsonl'"
-    )
-    assert "metadata.jsonl" in fails(DataConfig("hf://datasets/me/folder@main/train/"))
-    folder.put("datasets/me/pets", GOLDEN)
-    message = fails(DataConfig("hf://datasets/me/pets"))
-    (pattern,) = (word.strip("'") for word in message.split() if "{" in word)
-    assert captions(dataclasses.replace(PARQUET, source=pattern))
-    folder.put("datasets/me/classes")
-    folder.commit("datasets/me/classes", {"cat/0.jpg": jpeg(0), "shard.bin": b"x"}, "main")
+def test_a_repository_without_files_that_are_read(connected):
+    connected.put("datasets/me/classes")
+    connected.commit("datasets/me/classes", {"cat/0.jpg": jpeg(0), "shard.bin": b"x"}, "main")
     message = fails(DataConfig("hf://datasets/me/classes"))
     assert "run `hf download --repo-type dataset me/classes --local-dir FOLDER`" in message
 

@@ -6,7 +6,7 @@ token `HF_TOKEN` or that of `hf auth login`. Access is checked when a source is 
 
 import functools
 import re
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import fsspec
 
@@ -16,6 +16,9 @@ SCHEME = "hf://"
 _FORM = f"{SCHEME}datasets/OWNER/NAME/FILES"
 _REPOSITORY = re.compile(
     rf"{SCHEME}((datasets|spaces|models|buckets)/)?+[^/@*]+/[^/@*]+(@refs/\w+/[^/]+|@[^/]+)?(?=/|$)"
+)
+_FILES = re.compile(
+    r"[*{\[]|::|\.(parquet|tar|tgz|arrow|array_record|tfrecord|csv|tsv|jsonl?|ndjson|gz|zip)\b[^/]*$"
 )
 _NUMBERS = re.compile(r"\d{3,}(-of-\d{3,})?")
 _SPLIT = re.compile(r"^(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_./]|$)")
@@ -51,19 +54,98 @@ def _check(repository: str) -> None:
         _explain(repository, error)
 
 
+class Page(NamedTuple):
+    """Web address of a file on the Hub, and the headers of its requests."""
+
+    url: str
+    headers: dict[str, str]
+
+
+def web_address(path: str) -> Page | None:
+    """Return the web address of an `hf://` file; None for a file in a bucket of the Hub."""
+    import huggingface_hub as hub
+
+    found = _system().resolve_path(path)
+    if not hasattr(found, "repo_id"):
+        return None
+    url = hub.hf_hub_url(
+        found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision
+    )
+    return Page(url, hub.utils.build_hf_headers())
+
+
+class DataSet(NamedTuple):
+    """Name of a data set on the Hub, its revision, and what was named inside of it."""
+
+    name: str
+    revision: str | None
+    inner: str
+
+    @property
+    def root(self) -> str:
+        """The path of the repository."""
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{SCHEME}datasets/{self.name}{at}"
+
+
+class Repository(NamedTuple):
+    """Files of a data set on the Hub at a commit."""
+
+    named: DataSet
+    commit: str
+    files: list[str]
+
+    @property
+    def root(self) -> str:
+        """The path of the repository at the commit."""
+        return self.named._replace(revision=self.commit).root
+
+
+def data_set_of(path: str) -> DataSet | None:
+    """Parse the path of a data set or of a folder in it; None for files, patterns and models."""
+    match = _REPOSITORY.match(path)
+    if match is None or match[2] != "datasets" or _FILES.search(path[match.end() :]):
+        return None
+    name = match[0].removeprefix(f"{SCHEME}datasets/").partition("@")[0]
+    return DataSet(name, (match[3] or "@")[1:] or None, path[match.end() :].strip("/"))
+
+
+def list_repository(named: DataSet, *, missing: bool = False) -> Repository | None:
+    """List the files of a data set; None if there is no such revision and it may be `missing`.
+
+    Raises:
+        DataError: the Hub does not have it, or cannot be reached.
+    """
+    import huggingface_hub as hub
+
+    try:
+        info = hub.HfApi().dataset_info(named.name, revision=named.revision)
+    except Exception as error:  # the client has many types
+        if missing and isinstance(error, hub.errors.RevisionNotFoundError):
+            return None
+        _explain(named.root, error)
+    return Repository(named, info.sha or "main", sorted(f.rfilename for f in info.siblings or ()))
+
+
+def refuse_files(source: str, repository: Repository) -> NoReturn:
+    """Raise a DataError for a data set without files that vlm reads."""
+    raise DataError(
+        f"{source} has no Parquet files, no tars and no metadata.csv or .jsonl, which vlm reads "
+        f"from the Hub: run `hf download --repo-type dataset {repository.named.name} --local-dir "
+        "FOLDER`, and give the folder"
+    )
+
+
 def need_files(path: str) -> NoReturn:
-    """Raise a DataError for a repository or folder, with patterns of the files in it."""
+    """Raise a DataError for a folder of a model or bucket, with patterns of the files in it."""
     check_access(path)
     root = path.rstrip("/")
     names = [f"{SCHEME}{name}" for name in sorted(_system().find(root))]
     patterns = _patterns(root, names)
     if not patterns:
-        found = _system().resolve_path(path)
-        name = getattr(found, "repo_id", root)  # a bucket has none
         raise DataError(
-            f"{path} has no Parquet files, no tars and no metadata.csv or .jsonl, which vlm reads "
-            f"from the Hub: run `hf download --repo-type dataset {name} --local-dir FOLDER`, and "
-            "give the folder"
+            f"{path} has no Parquet files, no tars and no metadata.csv or .jsonl: name a data set "
+            f"of the Hub, as in {_FORM}"
         )
     more = f" and {len(patterns) - _SHOWN} more" if len(patterns) > _SHOWN else ""
     raise DataError(

@@ -5,7 +5,6 @@ Training reads these as a stream.
 """
 
 import collections
-import contextlib
 import functools
 import itertools
 import os
@@ -15,15 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pyarrow
-import pyarrow.parquet
 
 from vlm.config import DataConfig
 from vlm.data.columns import Columns, Groups, same_label_names
 from vlm.data.examples import Example, Subset
 from vlm.data.faults import BadSample
+from vlm.data.layouts import files_of, has_split_names
+from vlm.data.parquet_file import check_footer, open_parquet
 from vlm.data.shards import Record, Records
 from vlm.data.splits import rows_of_split, split_files, split_value
-from vlm.data.storage import expand, open_file, retry
 from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError, first_line
 from vlm.paths import is_remote
@@ -51,7 +50,7 @@ class ParquetFormat:
     ) -> Records:
         """Yield the rows of a part of a shard, from row `offset` on."""
         try:
-            with _open(shard, buffer_size=chunk, pre_buffer=False) as file:
+            with open_parquet(shard, buffer_size=chunk, pre_buffer=False) as file:
                 columns = Columns(file.schema_arrow, self._config, shard)
                 wanted = columns.wanted if self.images else columns.texts
                 groups, start, end = _rows_of_part(file.metadata, part, parts, self.visits)
@@ -144,7 +143,7 @@ class ParquetSource:
         number, group = self._places[place]
         name = self._names[number]
         try:
-            with _open(name, metadata=self._metadata[number]) as file:
+            with open_parquet(name, metadata=self._metadata[number]) as file:
                 return file.read_row_group(group, columns=columns)
         except (pyarrow.ArrowException, OSError) as error:
             where = f"{name}: row group {group}"
@@ -156,7 +155,7 @@ def open_split(config: DataConfig, split: str) -> Any:
     """Open the rows of a split, by `{split}` in the file names or by a column `split`."""
     splits, footers = _split_column(config.source)
     files = (
-        expand(config.source) if splits else split_files(config.source, split, config.train_split)
+        files_of(config.source) if splits else split_files(config.source, split, config.train_split)
     )
     source = ParquetSource(files, config, footers)
     if splits:
@@ -174,9 +173,9 @@ def list_splits(config: DataConfig) -> list[str] | None:
 def _split_column(pattern: str) -> tuple[list[str | None], dict[str, Any]]:
     """The split of each row, None where it has none, and the footers of all files, if read.
 
-    No rows where no file has the column `split`, or `{split}` is in their names in its place.
+    No rows where no file has the column `split`, or the names of the files have the splits.
     """
-    files = [] if "{split}" in pattern else expand(pattern)
+    files = [] if has_split_names(pattern) else files_of(pattern)
     footers = dict(zip(files, _footers(files), strict=True))
     if not any("split" in schema.names for _, schema in footers.values()):
         return [], footers
@@ -248,7 +247,7 @@ def _rows_of_part(
 def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
     """Read the rows of a Parquet file, with the `columns` that exist; OSError if it cannot."""
     try:
-        with _open(path) as file:
+        with open_parquet(path) as file:
             known = [name for name in columns if name in file.schema_arrow.names]
             return file.read(columns=known).to_pylist()
     except pyarrow.ArrowException as error:
@@ -258,7 +257,8 @@ def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
 def _footer(name: str) -> tuple[Any, Any]:
     """Read the metadata and the schema of a Parquet file; DataError if it cannot."""
     try:
-        with _open(name) as file:
+        check_footer(name)
+        with open_parquet(name) as file:
             return file.metadata, file.schema_arrow
     except FileNotFoundError:
         raise DataError(f"there is no table {name}: check data.source") from None
@@ -273,13 +273,6 @@ def _footers(names: list[str]) -> list[tuple[Any, Any]]:
         return [_footer(name) for name in names]
     with ThreadPoolExecutor(_FOOTERS) as pool:
         return list(pool.map(_footer, names))
-
-
-@contextlib.contextmanager
-def _open(name: str, **options: Any) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """Open a local or remote Parquet file; the errors are those of Arrow, and OSError."""
-    with retry(lambda: open_file(name)) as f:
-        yield pyarrow.parquet.ParquetFile(f, **options)
 
 
 def _example(columns: Columns, values: dict[str, Any], name: str, row: int) -> Example | BadSample:

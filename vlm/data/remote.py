@@ -11,6 +11,7 @@ import atexit
 import collections
 import errno
 import functools
+import importlib.util
 import logging
 import os
 import threading
@@ -23,6 +24,7 @@ import fsspec
 import fsspec.asyn
 import fsspec.config
 
+from vlm.data.hub_access import SCHEME, web_address
 from vlm.errors import DataError, first_line
 from vlm.paths import DRIVERS
 
@@ -142,9 +144,9 @@ def ask(
         deadline_factor: multiple of the deadline, for retries over a slow connection.
         options: arguments of the method.
     """
-    system, inner = _system(path)
+    system, inner = _system(path, of_web=method in _TIMED)
     try:
-        if not is_async(path) or method not in _TIMED:
+        if method not in _TIMED or not system.async_impl:
             return getattr(system, method)(inner, **options)
         key = (urlsplit(path)[:2], method, expected.bit_length() // 2)
         limited = expected or method != "cat_file"  # else the length is not known before
@@ -239,7 +241,9 @@ def check_status(error: Exception) -> None:
 
 
 def is_async(path: str) -> bool:
-    """Whether requests to `path` can be cancelled: of `http`, `gs` and `s3`."""
+    """Whether requests to `path` can be cancelled: of `http`, `gs`, `s3`, and files of the Hub."""
+    if path.startswith(SCHEME):
+        return importlib.util.find_spec("aiohttp") is not None
     return path.partition("://")[0] in _ALIASES
 
 
@@ -250,7 +254,12 @@ def glob_remote(pattern: str) -> list[str]:
     return [name if "://" in name else f"{scheme}://{name.lstrip('/')}" for name in names]
 
 
-def _system(path: str) -> tuple[Any, str]:
+def _system(path: str, *, of_web: bool) -> tuple[Any, str]:
+    """Return the file system of a path, and its name there; `of_web`: read the Hub's by HTTP."""
+    if of_web and path.startswith(SCHEME) and is_async(path) and (page := web_address(path)):
+        options = _timeouts("http")
+        options["client_kwargs"] |= {"headers": page.headers}
+        return fsspec.filesystem("http", **options, encoded=True), page.url
     try:
         return fsspec.core.url_to_fs(path, **_timeouts(path.partition("://")[0]))
     except (ImportError, ValueError) as error:
@@ -280,4 +289,5 @@ def _timeouts(scheme: str) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
     if kind == "gs":
         return {"requests_timeout": configured.get("requests_timeout", timeout)}
-    return {"client_kwargs": {"timeout": timeout} | configured.get("client_kwargs", {})}
+    ours = {"timeout": timeout, "trust_env": True}  # as other clients, read HTTPS_PROXY
+    return {"client_kwargs": ours | configured.get("client_kwargs", {})}

@@ -13,6 +13,7 @@ from vlm.config import DataConfig
 from vlm.data.examples import LOOKED_AT, check_features, features_of, wanted_features
 from vlm.data.interleave import MAX_DEFAULT_LANES
 from vlm.data.parquet import ParquetFormat, layout_of
+from vlm.data.parquet_file import check_footer
 from vlm.data.shard_index import ShardParts, beside
 from vlm.data.shards import SHUFFLE, Format, Record, Shards, known_count
 from vlm.data.sidecar import sidecar_path
@@ -167,6 +168,7 @@ def inspect_shards(config: DataConfig, names: list[str]) -> tuple[Format, int, s
     for name in names[:_LOOKED_AT]:
         form: Format = (ParquetFormat if ".parquet" in name else TarFormat)(config)
         try:
+            check_footer(name)
             first, is_all = _first(form, name)
             length = known_count(name) or (
                 len(first) if is_all else _length(form, name, first, config)

@@ -31,6 +31,7 @@ from vlm.data.hold_out import part_of
 from vlm.data.hub_access import SCHEME, need_files
 from vlm.data.interleave import MAX_DEFAULT_LANES, Stream, count_lanes
 from vlm.data.known_classes import imagenet_names, imagenet_templates
+from vlm.data.layouts import find_layout, has_split_names
 from vlm.data.parquet import holds_images, stream_label_names
 from vlm.data.random_access import IndexedStream
 from vlm.data.randomness import key
@@ -88,9 +89,11 @@ def split_names(config: DataConfig) -> list[str] | None:
 def _own_splits(config: DataConfig) -> list[str] | None:
     """List the splits of a source, without the one that is held out."""
     name, kind = config.source, kind_of(config.source)
-    if kind and "{split}" not in name and hasattr(_reader(kind), "list_splits"):
+    if kind and has_split_names(name):
+        return named_splits(name)
+    if kind and hasattr(_reader(kind), "list_splits"):
         return _reader(kind).list_splits(config)
-    return named_splits(name) if "{split}" in name else None
+    return None
 
 
 def open_to_measure(config: DataConfig, split: str | None) -> tuple[Source, str]:
@@ -184,6 +187,8 @@ def kind_of(name: str) -> str | None:
             return kind
     if name.lower().endswith(table.SUFFIXES):
         return "table"
+    if (layout := find_layout(name)) is not None:
+        return layout.kind
     if name.startswith(SCHEME):
         need_files(name)
     folder = as_path(name)
@@ -193,6 +198,8 @@ def kind_of(name: str) -> str | None:
         return "table"
     if any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
         return "arrow"
+    if all((folder / file).exists() for file in ("dataset_info.json", "features.json")):
+        return "tfds"
     return "folder"
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from vlm.data.layouts import PLACE, files_of, find_layout, has_split_names
 from vlm.data.storage import exists, expand, list_files
 from vlm.errors import DataError
 
@@ -25,7 +26,6 @@ VALIDATION_SHARE = 0.2  # of each class, where data has no validation split
 WHOLE = "all"  # name of a data set without splits in reports
 
 _log = logging.getLogger(__name__)
-_PLACE = "{split}"
 _BRACES = re.compile(r"\{(?!split\})[^{}]*\}")
 
 
@@ -86,8 +86,11 @@ def split_files(pattern: str, split: str, whole: str) -> list[str]:
     Files of a pattern without `{split}` are the split `whole`. DataError if there is no such split,
     or several splits and no `{split}`.
     """
-    if _PLACE not in pattern:
-        files = expand(pattern)
+    layout = find_layout(pattern)
+    if layout is not None and has_split_names(pattern):
+        return layout.splits[find_split(split, list(layout.splits), pattern)]
+    if not has_split_names(pattern):
+        files = files_of(pattern)
         if split != whole:
             raise DataError(
                 f"data.source {pattern!r} has no {{split}} in it, so there is no split {split!r}: "
@@ -100,13 +103,13 @@ def split_files(pattern: str, split: str, whole: str) -> list[str]:
                 "{split} where the name of the split is"
             )
         return files
-    files = _existing(pattern.replace(_PLACE, split))
+    files = _existing(pattern.replace(PLACE, split))
     if files is None and (known := named_splits(pattern)):
-        return expand(pattern.replace(_PLACE, find_split(split, known, pattern)))
+        return expand(pattern.replace(PLACE, find_split(split, known, pattern)))
     if files is None and _canonical(split) == "validation":  # a web server cannot list files
-        names = (pattern.replace(_PLACE, name) for name in VALIDATION)
+        names = (pattern.replace(PLACE, name) for name in VALIDATION)
         files = next(filter(None, map(_existing, names)), None)
-    return files or expand(pattern.replace(_PLACE, split))
+    return files or expand(pattern.replace(PLACE, split))
 
 
 def named_splits(pattern: str) -> list[str]:
@@ -119,14 +122,16 @@ def named_splits(pattern: str) -> list[str]:
         >>> named_splits(str(folder / "{split}-{000..099}.tar"))
         ['train', 'val']
     """
+    if (layout := find_layout(pattern)) is not None:
+        return list(layout.splits)
     names = set()
     for part in pattern.split("::"):
-        if _PLACE not in part:
+        if PLACE not in part:
             continue
         wild = _BRACES.sub("*", os.path.expanduser(part.strip()))
-        first, *rest = (_regex(text) for text in wild.split(_PLACE))
+        first, *rest = (_regex(text) for text in wild.split(PLACE))
         name = re.compile(first + "([^/]+?)" + r"\1".join(rest))
-        for file in list_files(wild.replace(_PLACE, "*")):
+        for file in list_files(wild.replace(PLACE, "*")):
             if (match := name.fullmatch(file)) is not None:
                 names.add(match[1])
     return sorted(names)

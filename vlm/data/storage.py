@@ -13,12 +13,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from vlm.data import remote
 from vlm.data.hub_access import check_access
 from vlm.data.open_files import LocalFile, PositionedFile
-from vlm.errors import DataError
+from vlm.errors import DataError, first_line
 from vlm.paths import as_path, cache_dir, is_remote
 
 T = TypeVar("T")
@@ -31,6 +31,7 @@ GIVE_UP = 60.0  # seconds, after which no other attempt starts
 
 # Errors that are not retried.
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_CHECKSUMS = ("ETag", "etag", "md5Hash", "Last-Modified", "mtime")  # of fsspec's file systems
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _WILD = re.compile(r"[*?\[]")
@@ -62,14 +63,34 @@ def list_files(pattern: str) -> list[str]:
     return [] if pattern.startswith(("http://", "https://")) else _matches(pattern)
 
 
-def open_file(path: str) -> Any:
-    """Open a local or remote file for unbuffered binary reads with seek."""
+class RemoteInfo(NamedTuple):
+    """Length of a remote file, whether parts of it can be read, and a text that changes with it."""
+
+    size: int | None
+    parts: bool
+    stamp: str
+
+
+def remote_info(path: str) -> RemoteInfo:
+    """Look up a remote file, with retries."""
+    info = retry(lambda: remote.ask(path, "info"), path)
+    size = info.get("size")
+    own = [f"{name}={info[name]}" for name in _CHECKSUMS if info.get(name)]
+    parts = remote.is_async(path) and bool(size and info.get("partial", True))
+    return RemoteInfo(size, parts, " ".join([path, str(size), *own]))
+
+
+def open_file(path: str, info: RemoteInfo | None = None) -> Any:
+    """Open a local or remote file for unbuffered binary reads with seek.
+
+    With the `info` of a remote file, it is not looked up again.
+    """
     if not is_remote(path):
         return LocalFile(path)
     if remote.is_async(path):
-        info = retry(lambda: remote.ask(path, "info"), path)
-        if info.get("size") and info.get("partial", True):
-            return RemoteFile(path, info["size"])
+        info = info or remote_info(path)
+        if info.parts:
+            return RemoteFile(path, info.size or 0)
     return remote.ask(path, "open", mode="rb", cache_type="none", block_size=CHUNK)
 
 
@@ -148,10 +169,10 @@ def hashed_path(data: bytes, suffix: str) -> str:
 
 
 def stamp_of(path: str) -> str:
-    """Return a text that changes with a file: path, length and, if local, modification time."""
+    """Return a text that changes with a file: path, length, and modification time or checksum."""
     try:
         if is_remote(path):
-            return f"{path} {size_of(path)}"
+            return remote_info(path).stamp
         stat = os.stat(path)
         return f"{path} {stat.st_size} {stat.st_mtime_ns}"
     except OSError:
@@ -159,11 +180,19 @@ def stamp_of(path: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether a file exists."""
+    """Whether a file exists; DataError if its server does not tell.
+
+    A file that may not be read counts as missing, as S3 answers 403 for both.
+    """
+    if not is_remote(path):
+        return os.path.exists(path)
     try:
         size_of(path)  # with retries
-    except OSError:
+    except _PERMANENT:
         return False
+    except OSError as error:
+        why = first_line(error)
+        raise DataError(f"{path} cannot be looked up ({why}): try again later") from None
     return True
 
 

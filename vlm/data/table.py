@@ -21,6 +21,7 @@ from vlm.data.examples import WHERE, Example, check_features, flat_items
 from vlm.data.faults import BadSample
 from vlm.data.hub_access import SCHEME, check_access
 from vlm.data.json_rows import read_json_rows
+from vlm.data.layouts import files_of, find_layout, has_split_names
 from vlm.data.splits import rows_of_split, split_files, split_value
 from vlm.data.storage import read_file, stamp_of
 from vlm.errors import DataError, first_line
@@ -61,7 +62,7 @@ def open_split(config: DataConfig, split: str) -> TableSource:
     A row that cannot be read is a bad sample. DataError if too many are bad, or a wanted feature is
     missing.
     """
-    by_file, file = "{split}" in config.source, config.source
+    by_file, file = has_split_names(config.source), config.source
     if by_file:
         (file,) = split_files(config.source, split, config.train_split)
     path = _table_of(file)
@@ -102,7 +103,7 @@ def _table_of(source: str) -> str:
     """Return the path of a table, or of the table in a folder."""
     if source.startswith(SCHEME):
         check_access(source)
-        return source
+        return source if find_layout(source) is None else files_of(source)[0]
     path = as_path(source)
     if path.is_dir():
         for suffix in SUFFIXES:
