@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from vlm.data.array_record import serialize
 from vlm.data.shard_index import beside as beside_shards
 from vlm.data.shard_index import write_index
 from vlm.data.storage import expand
+from vlm.data.tfrecord import masked_crc32c
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 
@@ -175,6 +177,19 @@ def array_record(folder: Path) -> DataConfig:
     return DataConfig(str(folder / "*.array_record"))
 
 
+def tfrecord(folder: Path) -> DataConfig:
+    def head(length: int) -> bytes:
+        size = struct.pack("<Q", length)
+        return size + struct.pack("<I", masked_crc32c(size))
+
+    for shard, numbers in enumerate(np.array_split(np.arange(COUNT), 3)):
+        with open(folder / f"{shard}.tfrecord", "wb") as file:
+            for n in numbers.tolist():
+                record = serialize({"image": jpeg(n), "caption": f"picture {n}", "score": n / 10})
+                file.write(head(len(record)) + record + bytes(4))
+    return DataConfig(str(folder / "*.tfrecord"))
+
+
 def mixture(folder: Path) -> DataConfig:
     for name in ("tars", "csv"):
         (folder / name).mkdir()
@@ -208,6 +223,7 @@ KINDS: dict[str, Callable[[Path], DataConfig]] = {
     "parquet of paths": parquet_paths,
     "arrow": arrow,
     "array_record": array_record,
+    "tfrecord": tfrecord,
     "csv": csv,
     "jsonl": jsonl,
     "folder with texts": beside,

@@ -20,6 +20,8 @@ class SickServer(http.server.ThreadingHTTPServer):
         self.faults: list[str] = []  # of the next reads, in order
         self.rates: dict[str, float] = {}  # kind: share of the reads
         self.always = ""  # the fault of every read
+        self.status = 200  # of every answer
+        self.asked: list[str] = []  # method and path of each request
         self.reads = 0
         self.dice = random.Random(0)
         self.lock = threading.Lock()
@@ -58,10 +60,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: SickServer
 
     def do_HEAD(self) -> None:
-        self._head(200, len(self.server.files[self.path]))
+        self.server.asked.append(f"HEAD {self.path}")
+        if self.server.status != 200 or self.path not in self.server.files:
+            return self._head(self.server.status if self.server.status != 200 else 404, 0)
+        return self._head(200, len(self.server.files[self.path]))
 
     def do_GET(self) -> None:
         time.sleep(self.server.delay)
+        self.server.asked.append(f"GET {self.path}")
+        if self.server.status != 200 or self.path not in self.server.files:
+            return self._head(self.server.status if self.server.status != 200 else 404, 0)
         data = self.server.files[self.path]
         wanted = self.headers.get("Range")
         if wanted:
@@ -92,11 +100,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(data[place : place + 1])
                 self.wfile.flush()
                 if self.server.over.wait(0.05):
-                    return
+                    return None
         else:
             self._head(206 if wanted else 200, len(data))
             self.wfile.write(data)
         self.wfile.flush()
+        return None
 
     def _head(self, status: int, length: int) -> None:
         self.send_response_only(status)

@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import kinds
@@ -18,10 +19,10 @@ import pytest
 from kinds import PREPROCESS, TOKENIZER, jpeg
 
 from vlm.config import DataConfig
-from vlm.data import hub_access
+from vlm.data import hub_access, remote
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import open_source, split_names, streams
-from vlm.data.storage import read_file
+from vlm.data.storage import read_file, read_range
 from vlm.errors import DataError
 
 HERE = Path(__file__).parent
@@ -235,6 +236,31 @@ def test_a_cut_download_is_retried(folder):
     repository.faults = {"train/1.jpg": ["cut", "500"]}
     assert read_file("hf://datasets/me/folder/train/1.jpg") == jpeg(1)
     assert repository.faults == {"train/1.jpg": []}
+
+
+def test_a_read_that_hangs_has_a_deadline(connected, monkeypatch):
+    pytest.importorskip("aiohttp")
+    repository = connected.put("datasets/me/pets", GOLDEN)
+    name = "data/train-00000-of-00002.parquet"
+    repository.faults = {name: ["stall"]}
+    monkeypatch.setattr(remote, "STALL", 0.3)
+    start = time.monotonic()
+    data = read_range(f"hf://datasets/me/pets/{name}", 4, 60)
+    assert data == (GOLDEN / name).read_bytes()[4:60]
+    assert time.monotonic() - start < 10
+    assert repository.faults == {name: []}
+
+
+def test_the_token_stays_with_the_hub(connected, monkeypatch):
+    """Large files come from another host, which is not sent the token."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    connected.put("datasets/me/secret", GOLDEN).private = True
+    path = "hf://datasets/me/secret/data/train-00000-of-00002.parquet"
+    connected.tokens.clear()
+    assert read_range(path, 0, 4) == b"PAR1"
+    sent = {(host, token is not None) for host, token in connected.tokens}
+    assert ("localhost", False) in sent
+    assert ("localhost", True) not in sent
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ from vlm.errors import DataError
 
 sys.path.append(str(Path(__file__).parent.parent / "weights"))
 
-from hub_server import connected as connected  # noqa: E402  # fixtures
-from hub_server import hub as hub  # noqa: E402
+from hub_server import connected as connected  # fixtures
+from hub_server import hub as hub
 
 
 @pytest.fixture(autouse=True)
@@ -235,7 +235,9 @@ def test_a_local_folder_of_shards(tmp_path):
         (tmp_path / name).write_bytes(data)
     source = str(tmp_path)
     assert (captions(source), captions(source, "test")) == (pictures(0, 1, 2), pictures(3))
-    (tmp_path / "README.md").write_text("---\nconfigs: [{config_name: a, data_files: data/te*}]\n---")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs: [{config_name: a, data_files: data/te*}]\n---"
+    )
     assert captions(source) == pictures(3)
     (tmp_path / "photo.jpg").write_bytes(jpeg(0))
     assert kind_of(source) == "folder"

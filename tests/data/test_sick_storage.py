@@ -1,10 +1,15 @@
 """Remote reads from a server that hangs, resets, truncates, trickles or is busy."""
 
+import dataclasses
+import io
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import kinds
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 pytest.importorskip("aiohttp")
@@ -13,7 +18,9 @@ from sick_server import SickServer
 
 from vlm.config import DataConfig
 from vlm.data import remote, storage
+from vlm.data.pipeline import train_batches
 from vlm.data.shard_stream import inspect_shards
+from vlm.data.sources import open_source, split_names, streams
 from vlm.data.storage import ReadFailedError, SequentialFile, open_file, read_file, read_range
 from vlm.errors import DataError
 
@@ -117,6 +124,49 @@ def test_a_server_without_range_requests_is_no_wrong_example(server):
     with pytest.raises(Exception, match="sends the whole file for a part of it"):
         read_range(url, 1000, 2000)
     assert read_file(url) == DATA
+
+
+def test_whether_a_file_exists_is_known_or_an_error(server, monkeypatch):
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    url = f"{server.url}/file"
+    assert storage.exists(url)
+    assert not storage.exists(f"{server.url}/other")
+    for status in (403, 404, 410):
+        server.status = status
+        assert not storage.exists(url)
+    server.status = 503
+    with pytest.raises(DataError) as error:
+        storage.exists(url)
+    assert str(error.value) == (
+        f"{url} cannot be looked up (the server answered 503; it was tried 2 times in 0 s): try "
+        "again later"
+    )
+
+
+def parquet(*numbers: int) -> bytes:
+    out = io.BytesIO()
+    table = kinds.table_with_bytes(list(numbers))
+    pyarrow.parquet.write_table(table, out, row_group_size=10)
+    return out.getvalue()
+
+
+def test_the_footer_of_a_remote_parquet_file_is_read_once(server):
+    path = "/train.parquet"
+    server.files[path] = parquet(*range(40))
+    config = DataConfig(f"{server.url}{path}", eval_split=None, interleave=2, prefetch=0, shuffle=4)
+    assert streams(config)
+    iterator = train_batches(config, kinds.PREPROCESS, kinds.TOKENIZER, batch_size=8, seed=0)
+    assert len(kinds.numbers_of(next(iterator))) == 8
+    iterator.close()
+    assert server.asked.count(f"HEAD {path}") <= 2  # the second one asks if it has changed
+    config = dataclasses.replace(config, access="random", interleave=None, shuffle=None)
+    server.asked.clear()
+    assert split_names(config) is None
+    assert len(open_source(config, "train")) == 40
+    assert set(server.asked) == {f"HEAD {path}"}
+    server.files[path] = parquet(*range(50, 95))  # written again
+    source = open_source(config, "train")
+    assert [source[i]["caption"] for i in (0, 44)] == ["picture 50", "picture 94"]
 
 
 @pytest.mark.slow

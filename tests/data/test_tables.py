@@ -178,7 +178,7 @@ def test_addresses_without_a_header_name_their_columns_and_the_way(tmp_path, tex
     (tmp_path / "cc.tsv").write_text(text)
     with pytest.raises(DataError, match=f"no header and no images: its columns are {columns}"):
         read(tmp_path / "cc.tsv")
-    with pytest.raises(DataError, match="download the images first, with img2dataset"):
+    with pytest.raises(DataError, match="download the images with img2dataset --url_list"):
         read(tmp_path / "cc.tsv")
     (tmp_path / "with.tsv").write_text("url\tcaption\n" + CC12M)
     with pytest.raises(DataError, match=r"no feature 'image'.*; url holds addresses: download"):

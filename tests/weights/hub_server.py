@@ -60,6 +60,7 @@ class Hub:
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.asked: list[Request] = []
+        self.tokens: list[tuple[str, str | None]] = []  # host and token of each request
         self.blobs: dict[str, tuple[str, str, bytes]] = {}  # (repository, file, data) by its hash
         self.stalling = threading.Event()  # set at the end: nobody waits any longer
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (_Handler,), {"hub": self}))
@@ -202,6 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "", "", f"no such page: {path}")
 
     def _answer(self) -> None:
+        host = self.headers.get("Host", "").partition(":")[0]
+        self.hub.tokens.append((host, self.headers.get("Authorization")))
         path = urllib.parse.urlsplit(self.path).path
         if found := re.fullmatch(r"/cdn/(\w+)", path):
             name, file, data = self.hub.blobs[found[1]]

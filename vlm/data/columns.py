@@ -1,8 +1,9 @@
 """Conversion of Parquet and Arrow columns to features, compatible with Hugging Face `datasets`.
 
 A field of a struct, or of a list of structs, is a separate feature: `captions/text`. An image is
-bytes, a file path (relative to the table), or a struct of both. A class label becomes its name;
-`datasets` stores the names in the metadata of the schema, under the key `huggingface`.
+bytes, a file path (relative to the table), a struct of both, or a list of one of these. A class
+label becomes its name; `datasets` stores the names in the metadata of the schema, under the key
+`huggingface`. Rows of img2dataset whose download failed are left out.
 """
 
 import bisect
@@ -17,8 +18,13 @@ from pyarrow import types
 from vlm.config import DataConfig
 from vlm.data.examples import WHERE, Example, check_features, flat_items, wanted_features
 from vlm.data.faults import BadSample
+from vlm.data.url_tables import download_advice, url_column
 from vlm.errors import DataError
 from vlm.paths import is_remote
+
+# Columns that img2dataset writes about each download.
+_STATUS, _SUCCESS = "status", "success"
+_DOWNLOADED = {_STATUS, "error_message", "key"}
 
 
 class Columns:
@@ -31,6 +37,8 @@ class Columns:
         # Class names of the label in the order of ids, if the file has them.
         self.label_names: list[str] | None = self._classes.get(config.label or "")
         names = [config.image, *wanted_features(config)]
+        self.has_failed = set(schema.names) >= _DOWNLOADED
+        names += [_STATUS] * self.has_failed
         columns = [name if name in schema.names else name.partition("/")[0] for name in names]
         # Existing columns with the image and the texts, and with the texts alone.
         self.wanted = [name for name in dict.fromkeys(columns) if name in schema.names]
@@ -39,13 +47,16 @@ class Columns:
     @property
     def image_is_path(self) -> bool:
         """Whether the image column has only paths."""
-        return _is_text(self._types[self._config.image])
+        return _is_text(_item(self._types[self._config.image]))
 
     def check(self) -> None:
         """Raise a DataError if a wanted feature is missing, or is neither an image nor a text."""
         config, where = self._config, f"the table {self._file}"
-        check_features(config, self._types, where)
-        if not _is_image(self._types[config.image]):
+        try:
+            check_features(config, self._types, where)
+        except DataError as error:
+            raise DataError(f"{error}{self._advice()}") from None
+        if not _is_image(_item(self._types[config.image])):
             raise DataError(
                 f"the feature {config.image!r} of {where} that data.image names has no image but "
                 f"{self._types[config.image]}: name one with bytes, paths, or a struct of both"
@@ -58,6 +69,19 @@ class Columns:
                     f"{kind}: name one that has"
                 )
 
+    def _advice(self) -> str:
+        """Return what to do if there is no image feature of the name in the config."""
+        if self._config.image in self._types:
+            return ""
+        images = [n for n, k in self._types.items() if _is_image(_item(k)) and not _is_text(k)]
+        if images:
+            return f": set data.image to {' or '.join(map(repr, images))}"
+        url = url_column(self._types)
+        if url is None:
+            return ""
+        advice = download_advice(self._config, self._file, list(self._types), url)
+        return f"; {url} holds addresses: {advice}"
+
     def example(self, row: dict[str, Any], where: str) -> Example:
         """Convert a row at `where` to an example; BadSample if its class label has no name."""
         image = self._config.image
@@ -65,7 +89,7 @@ class Columns:
         for column, value in row.items():
             for name, inner in flat_items(column, value, image):
                 if name == image:
-                    example[name] = self._image(inner)
+                    example[name] = self._image(inner, where)
                 elif name in self._classes:
                     names, wanted = self._classes[name], name == self._config.label
                     example[name] = named_label(inner, names, name, where, wanted=wanted)
@@ -73,7 +97,16 @@ class Columns:
                     example[name] = inner
         return example
 
-    def _image(self, value: Any) -> Any:
+    def failed(self, row: dict[str, Any]) -> bool:
+        """Whether a row is an address that img2dataset could not download."""
+        return self.has_failed and row.get(_STATUS) != _SUCCESS
+
+    def _image(self, value: Any, where: str) -> Any:
+        if isinstance(value, list):
+            if len(value) != 1:
+                why = f"{where} has {len(value)} images in {self._config.image}, in place of one"
+                raise BadSample("several images" if value else "no image", where, why)
+            value = value[0]
         value = image_file(value)
         if isinstance(value, str) and not is_remote(value):
             value = os.path.join(self._folder, os.path.expanduser(value))

@@ -1,7 +1,9 @@
-"""Rows of JSON files: JSON Lines, a list of objects, or COCO captions.
+"""Rows of JSON files: JSON Lines, a list of objects, or COCO's; and Flickr30k's list of captions.
 
-COCO's `captions_val2017.json` lists images and annotations; an image has several captions.
+COCO's `captions_val2017.json` lists images and annotations; an image has several captions. In
+`instances_val2017.json` an image has a list `category` with the name of each class that it shows.
 Karpathy's splits (`dataset_coco.json`, `dataset_flickr30k.json`) list images with their sentences.
+Flickr30k's `results_20130124.token` has a line for each caption: `36979.jpg#0`, a tab, the text.
 """
 
 import collections
@@ -50,19 +52,46 @@ def _row(item: Any, number: int, where: str, unit: str) -> tuple[int, Row] | Bad
 
 
 def _coco(data: Row, where: str) -> list[Row]:
-    """Make a row for each image, with the captions of its annotations."""
-    captions = collections.defaultdict(list)
+    """Make a row for each image, with the captions or the classes of its annotations."""
+    found = collections.defaultdict(list)
     try:
+        classes = {category["id"]: category["name"] for category in data.get("categories") or ()}
+        captions = any("caption" in annotation for annotation in data["annotations"]) or not classes
         for annotation in data["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"])
+            value = annotation["caption"] if captions else classes[annotation["category_id"]]
+            found[annotation["image_id"]].append(value)
+        name = "caption" if captions else "category"
         return [
-            {**image, "image": image["file_name"], "caption": captions[image["id"]]}
+            {
+                **image,
+                "image": image["file_name"],
+                name: found[image["id"]] if captions else list(dict.fromkeys(found[image["id"]])),
+            }
             for image in data["images"]
         ]
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{where} has images and annotations without {error}: name COCO's captions_*.json"
+            f"{where} has images and annotations without {error}: name COCO's captions_*.json or "
+            "instances_*.json"
         ) from None
+
+
+def read_token_list(
+    text: str, where: str, image: str, caption: str
+) -> list[tuple[int, Row] | BadSample]:
+    """Parse Flickr30k's list of captions; those of one image are one row."""
+    rows: dict[str, tuple[int, Row]] = {}
+    bad: list[BadSample] = []
+    for number, line in enumerate(lines_of(text), 1):
+        name, tab, own = line.partition("\t")
+        name, mark, _ = name.rpartition("#")
+        if tab and mark and own.strip():
+            _, row = rows.setdefault(name, (number, {image: name, caption: []}))
+            row[caption].append(own.strip())
+        elif line.strip():
+            why = f"line {number} of {where} is not IMAGE#NUMBER, a tab and a caption"
+            bad.append(BadSample("broken row", f"line {number} of {where}", why))
+    return [*rows.values(), *bad]
 
 
 def _with_sentences(data: Row) -> list[Row]:

@@ -216,14 +216,12 @@ def _by_patterns(
     given: Any, folder: str, names: Sequence[str], source: str
 ) -> dict[str, list[str]] | None:
     """Match the `data_files` of a config with the files of a repository."""
-    if isinstance(given, dict):
-        given = [{"split": split, "path": path} for split, path in given.items()]
     entries = given if isinstance(given, list) else [given]
     splits: dict[str, list[str]] = {}
     for entry in entries:
         split, path = "train", entry
-        if isinstance(entry, dict):
-            split, path = str(entry.get("split", "train")), entry.get("path")
+        if isinstance(entry, dict) and "split" in entry:
+            split, path = str(entry["split"]), entry.get("path")
         for pattern in path if isinstance(path, list) else [path]:
             if not isinstance(pattern, str):
                 raise DataError(

@@ -7,6 +7,7 @@ Training reads these as a stream.
 import collections
 import functools
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ class ParquetFormat:
                         skipped = min(max(0, start - row), len(batch))
                         taken = batch.slice(skipped, max(0, end - row - skipped))
                         for i, values in enumerate(taken.to_pylist(), row + skipped):
+                            if columns.failed(values):
+                                continue
                             yield Record(_example(columns, values, shard, i), i + 1)
                         row += len(batch)
                         if row >= end:
@@ -86,6 +89,7 @@ class ParquetSource:
         self._columns = [Columns(schema, config, name) for name, (_, schema) in pairs]
         for columns in self._columns:
             columns.check()
+        self.has_failed = any(columns.has_failed for columns in self._columns)
         self.label_names = same_label_names(self._columns, config)
         self._places = [
             (n, g) for n, m in enumerate(self._metadata) for g in range(m.num_row_groups)
@@ -119,6 +123,20 @@ class ParquetSource:
                 bad = isinstance(values, BadSample)
                 yield values if bad else _example(columns, values, name, i)
             row += count
+
+    def downloaded(self) -> list[int] | None:
+        """Return the rows that img2dataset could download; None if it could all."""
+        found = zip(self._names, self._columns, strict=True)
+        failed = [
+            columns.failed(row) for name, columns in found for row in read_columns(name, ["status"])
+        ]
+        if not any(failed):
+            return None
+        log = logging.getLogger(__name__)
+        where = self._names[0] + (", ..." if len(self._names) > 1 else "")
+        log.warning("%s: %s of %s rows could not be downloaded, and are left out",
+                    where, f"{sum(failed):,}", f"{len(failed):,}")  # fmt: skip
+        return [i for i, gone in enumerate(failed) if not gone]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pid": None, "_cache": None, "_lock": None}
@@ -160,6 +178,8 @@ def open_split(config: DataConfig, split: str) -> Any:
     source = ParquetSource(files, config, footers)
     if splits:
         return Subset(source, rows_of_split(split, splits, config.source))
+    if source.has_failed and (rows := source.downloaded()) is not None:
+        return Subset(source, rows)
     if not len(source):
         raise DataError(f"{config.source} has no rows: give it one for each image")
     return source

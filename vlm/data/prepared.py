@@ -3,6 +3,7 @@
 A nested feature is named by its path: COCO's captions are `captions/text`.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,15 +11,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants, read_only_builder
 
-from vlm.config import DataConfig
+from vlm.config import DataConfig, SourceCode
 from vlm.data import array_record, openmoji
 from vlm.data.examples import Example, check_features, flat_items
 from vlm.data.faults import BadSample
 from vlm.data.known_classes import classes_of_tfds
 from vlm.data.openmoji import undecoded
 from vlm.data.splits import find_split
+from vlm.data.tfrecord import Records
 from vlm.errors import DataError, first_line
 from vlm.paths import as_path, cache_dir
+
+_BUILDER_CLASS = re.compile(r"(\w+(?:\.\w+)*)[.:]([A-Z]\w*)")
 
 
 def open_split(config: DataConfig, split: str) -> "TfdsSource":
@@ -67,13 +71,7 @@ class TfdsSource:
                     f"{np.dtype(features[name].np_dtype)}: name one that has"
                 )
         try:
-            self._records = undecoded(builder, _resolve_split(split, builder, where), config.image)
-        except NotImplementedError as error:
-            form = builder.info.file_format
-            raise DataError(
-                f"{where} is stored as {form.value if form else 'unknown'}, which has no random "
-                f'access: prepare it with file_format="array_record" ({error})'
-            ) from None
+            self._records = _records(builder, _resolve_split(split, builder, where), config.image)
         except (ValueError, KeyError) as error:
             raise DataError(f"{where} has no split {split!r} ({first_line(error)})") from None
 
@@ -94,6 +92,54 @@ class TfdsSource:
         return example
 
 
+class _Decoded:
+    """Examples of the TFRecord files of a split; the feature `image` stays a file."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, image: str):
+        parts = builder.info.splits[split].file_instructions
+        self._records, self._features = Records([p.filename for p in parts]), builder.info.features
+        self._decoders = {image: tfds.decode.SkipDecoding()}
+        rows = []
+        for number, part in enumerate(parts):
+            count = self._records.count(number)
+            end = part.skip + part.take if part.take >= 0 else part.examples_in_shard
+            if end > count:
+                raise DataError(
+                    f"{part.filename} has {count:,} of its {part.examples_in_shard:,} records: "
+                    "prepare the data set again"
+                )
+            first = sum(map(self._records.count, range(number)))
+            rows.append(np.arange(first + part.skip, first + end))
+        self._rows = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        record = self._records[int(self._rows[index])]
+        return self._features.deserialize_example_np(record, decoders=self._decoders)
+
+
+def _records(builder: tfds.core.DatasetBuilder, split: str, image: str) -> Any:
+    """Open the records of a split with random access; DataError for a format without it."""
+    try:
+        return undecoded(builder, split, image)
+    except NotImplementedError:
+        form = builder.info.file_format
+        if isinstance(builder, tfds.ImageFolder):
+            raise DataError(
+                f"tfds.ImageFolder reads {builder.data_dir} with TensorFlow: give this folder as "
+                'data.source, with data.label="label"'
+            ) from None
+        if form == tfds.core.FileFormat.TFRECORD:
+            return _Decoded(builder, split, image)
+        raise DataError(
+            f"the data set {builder.info.full_name} is stored as "
+            f"{form.value if form else 'files of its own'}, which has no random access: prepare it "
+            'with file_format="array_record"'
+        ) from None
+
+
 def _resolve_split(split: str, builder: tfds.core.DatasetBuilder, where: str) -> str:
     """Resolve the names in a TFDS split expression, such as train[:3]+val."""
     parts = []
@@ -112,7 +158,14 @@ def _prepared(config: DataConfig) -> tfds.core.DatasetBuilder:
     folder = as_path(name)
     if (folder / "dataset_info.json").exists():
         return tfds.builder_from_directory(folder)
+    if folder.is_dir() and "/" in name:
+        raise DataError(
+            f"the folder {name} has no dataset_info.json: name the folder of a version that TFDS "
+            "prepared, such as tfds:FOLDER/NAME/1.0.0"
+        )
     where: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
+    if match := _BUILDER_CLASS.fullmatch(name):
+        return _with_data(_build(match, where), name)
     try:
         return read_only_builder.builder_from_files(name, **where)
     except Exception:  # not found: may be a builder class of the user
@@ -128,10 +181,30 @@ def _prepared(config: DataConfig) -> tfds.core.DatasetBuilder:
         ) from None
     except Exception as error:  # TFDS raises many types for an unknown name
         raise DataError(f"TFDS knows no data set {name!r} ({first_line(error)})") from None
+    return _with_data(builder, name)
+
+
+def _build(match: re.Match[str], where: dict[str, Any]) -> tfds.core.DatasetBuilder:
+    """Make the builder of a class of the user's, by its module and name."""
+    code = SourceCode.of(f"{SourceCode.PREFIX}{match[1]}:{match[2]}")
+    made = code.load("data.source")
+    if not (isinstance(made, type) and issubclass(made, tfds.core.DatasetBuilder)):
+        raise DataError(f"{match[0]} is not the class of a TFDS builder: name one in data.source")
+    try:
+        return made(**where)
+    except Exception as error:  # code of the user
+        raise DataError(
+            f"the builder {match[0]} cannot be made ({type(error).__name__}: {first_line(error)}): "
+            "correct it"
+        ) from None
+
+
+def _with_data(builder: tfds.core.DatasetBuilder, name: str) -> tfds.core.DatasetBuilder:
+    """Return a builder whose data is prepared; DataError for another."""
     if not builder.info.splits:
         raise DataError(
             f"the TFDS data set {name!r} is not prepared in {builder.data_dir}: set data_dir to "
-            f"where it is, or {how}.download_and_prepare()"
+            f"where it is, or run {type(builder).__name__}().download_and_prepare()"
         )
     return builder
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,12 +44,15 @@ from vlm.paths import is_remote
 SUFFIX = ".vlm-index"
 VERSION = 2
 
+# Returns the offsets of the examples of a shard (and of the end), its size, and its faults.
+ScanShard = Callable[[str], tuple[UInt64[np.ndarray, " n"], int, list[BadSample]]]
+
 _LENGTH = struct.Struct("<Q")
 _SCANNED = 8 << 10  # bytes of a read between images
 _CHECKED = 8  # shards whose size is compared with the index
 
 
-class _Offsets:
+class Offsets:
     """Memory-mapped offsets of the examples in shards; mapped again after pickling."""
 
     def __init__(self, path: str):
@@ -71,7 +74,7 @@ class _Offsets:
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-class ShardSource(_Offsets):
+class ShardSource(Offsets):
     """Source over the examples of tar shards; reads one example per request."""
 
     def __init__(self, path: str, names: Sequence[str], config: DataConfig):
@@ -143,7 +146,7 @@ class ShardSource(_Offsets):
         return self._names[int(np.searchsorted(self._first, index, "right")) - 1]
 
 
-class ShardParts(_Offsets):
+class ShardParts(Offsets):
     """Byte ranges of the parts of shards in a stream, by their index."""
 
     def __init__(self, names: Sequence[str]):
@@ -188,13 +191,15 @@ def beside(names: Sequence[str]) -> str:
     return f"{folder}/{stem}{SUFFIX}" if folder else f"{stem}{SUFFIX}"
 
 
-def write_index(names: Sequence[str], path: str, *, progress=iter) -> dict[str, Any]:
+def write_index(
+    names: Sequence[str], path: str, scan_shard: ScanShard | None = None, *, progress=iter
+) -> dict[str, Any]:
     """Read the headers of all shards and write their index to `path`; return its header."""
     shards, tables = [], []
     faults: list[BadSample] = []
     with ThreadPoolExecutor(READERS) as pool:
         for name, (offsets, size, found) in zip(
-            names, progress(pool.map(_offsets_of, names)), strict=True
+            names, progress(pool.map(scan_shard or _offsets_of, names)), strict=True
         ):
             shards.append([name.rpartition("/")[2], size, max(0, len(offsets) - 1)])
             tables.append(offsets)
@@ -227,8 +232,11 @@ def read_index(path: str) -> tuple[dict[str, Any], UInt64[np.ndarray, " n"]]:
         ) from None
 
 
-def index_for(names: list[str]) -> str:
-    """Return the index file of these shards: the one beside them, or one in the cache."""
+def index_for(names: list[str], scan_shard: ScanShard | None = None) -> str:
+    """Return the index file of these shards: the one beside them, or one in the cache.
+
+    `scan_shard` finds the examples in a shard that is not a tar file.
+    """
     prepared = beside(names)
     if exists(prepared):
         path = prepared
@@ -246,7 +254,7 @@ def index_for(names: list[str]) -> str:
             return path
         except DataError:
             pass  # corrupt: rewrite it
-    write_index(names, path)
+    write_index(names, path, scan_shard)
     return path
 
 

@@ -45,11 +45,12 @@ from vlm.paths import as_path, is_remote
 
 KNOWN = (
     '"openmoji"',
-    '"tfds:NAME" (a prepared TFDS data set)',
+    '"tfds:NAME" (a prepared TFDS data set, its folder, or the class of its builder)',
+    "hf://datasets/OWNER/NAME (a data set on the Hugging Face Hub)",
     "wds:FOLDER (shards, class names and templates in the layout of CLIP_benchmark)",
     "WebDataset shards (.tar, with *, {000..099} or {a,b})",
     "a table of images and captions (.csv, .tsv, .jsonl, .json, also .gz, or .parquet)",
-    "ArrayRecord files (.array_record)",
+    "ArrayRecord or TFRecord files (.array_record, .tfrecord)",
     "Arrow files (.arrow), or a folder that Hugging Face datasets saved",
     "a folder with captions.csv, .tsv or .jsonl, a text beside each image, or class folders",
     "a data set in Python: an object, or its import path as python:MODULE:NAME",
@@ -203,7 +204,12 @@ def kind_of(name: str) -> str | None:
     return "folder"
 
 
-_ENDINGS = {".array_record": "array_record", ".parquet": "parquet", ".arrow": "arrow"}
+_ENDINGS = {
+    ".array_record": "array_record",
+    ".tfrecord": "tfrecord",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 # Kinds of source whose module has a different name than the kind.
 _READERS = {
     "tfds": "prepared",

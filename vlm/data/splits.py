@@ -60,11 +60,26 @@ def split_value(value: Any) -> str | None:
 
 
 def rows_of_split(requested: str, values: Sequence[str | None], where: str) -> list[int]:
-    """Return the indices of the rows of a split, by a column; log rows without a split."""
-    matched = find_split(requested, {value for value in values if value}, where)
+    """Return the indices of the rows of a split, by a column; log rows without a split.
+
+    `train+restval` are the rows of both splits.
+    """
+    known = {value for value in values if value}
+    matched = find_splits(requested, known, where)
     if without := values.count(None):
         _log.warning("%s has %s rows of no split, which are left out", where, f"{without:,}")
-    return [i for i, value in enumerate(values) if value == matched]
+    if "restval" in known and matched == ["train"]:
+        _log.warning(
+            "%s has %s more training images in the split restval: data.train_split=%s uses them",
+            where, f"{values.count('restval'):,}", "train+restval",
+        )  # fmt: skip
+    return [i for i, value in enumerate(values) if value in matched]
+
+
+def find_splits(requested: str, known: Collection[str], where: str) -> list[str]:
+    """Find one split, or several that are joined by `+`."""
+    parts = [requested] if requested in known else requested.split("+")
+    return [find_split(part.strip(), known, where) for part in parts]
 
 
 def default_split(known: Collection[str], where: str) -> str:
@@ -88,7 +103,8 @@ def split_files(pattern: str, split: str, whole: str) -> list[str]:
     """
     layout = find_layout(pattern)
     if layout is not None and has_split_names(pattern):
-        return layout.splits[find_split(split, list(layout.splits), pattern)]
+        names = find_splits(split, list(layout.splits), pattern)
+        return [file for name in names for file in layout.splits[name]]
     if not has_split_names(pattern):
         files = files_of(pattern)
         if split != whole:

@@ -1,4 +1,4 @@
-"""Tables of image paths and captions, alone or in an image folder: CSV, TSV or JSON.
+"""Tables of image paths and captions, alone or in an image folder: CSV, TSV, JSON or Flickr's list.
 
 Each row has the features that the config names (`image` and `caption` by default). Image paths are
 relative to the table. A column `split` assigns rows to splits; without it all rows are the training
@@ -20,15 +20,18 @@ from vlm.data.delimited import Line, read_delimited
 from vlm.data.examples import WHERE, Example, check_features, flat_items
 from vlm.data.faults import BadSample
 from vlm.data.hub_access import SCHEME, check_access
-from vlm.data.json_rows import read_json_rows
+from vlm.data.json_rows import read_json_rows, read_token_list
 from vlm.data.layouts import files_of, find_layout, has_split_names
 from vlm.data.splits import rows_of_split, split_files, split_value
 from vlm.data.storage import read_file, stamp_of
+from vlm.data.url_tables import download_advice, url_column
 from vlm.errors import DataError, first_line
 from vlm.paths import as_path, decode_text, is_remote
 
 SUFFIXES = tuple(
-    kind + end for kind in (".csv", ".tsv", ".jsonl", ".ndjson", ".json") for end in ("", ".gz")
+    kind + end
+    for kind in (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".token", ".token.txt")
+    for end in ("", ".gz")
 )
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -122,7 +125,7 @@ def _rows(path: str, config: DataConfig) -> list[Example | BadSample]:
 def _read(
     name: str, stamp: str, image: str, texts: tuple[str, ...], data_dir: str | None
 ) -> list[Example | BadSample]:
-    suffix = os.path.splitext(name.removesuffix(".gz"))[1].lower()
+    suffix = os.path.splitext(name.removesuffix(".gz").removesuffix(".txt"))[1].lower()
     try:
         data = read_file(name)
     except FileNotFoundError:
@@ -141,6 +144,8 @@ def _read(
     if suffix in _DELIMITERS:
         lines, unit = read_delimited(text, _DELIMITERS[suffix], name), "line"
         rows = _with_header(lines, name, image, texts, data_dir)
+    elif suffix == ".token":
+        rows, unit = read_token_list(text, name, image, texts[0]), "line"
     else:
         rows, unit = read_json_rows(text, name), "row"
     return [
@@ -212,7 +217,15 @@ def _column_names(
         for i, column in enumerate(names)
     )
     if not files:
-        raise DataError(f"{name} has no header and no images: its columns are {shown}; {_DOWNLOAD}")
+        fix = "give it a header, and paths of images that exist"
+        if urls:
+            named = ["url" if i in urls else column for i, column in enumerate(names)]
+            if len(others) == 1:
+                named[others[0]] = texts[0]
+            fix = download_advice(
+                DataConfig(name, captions=texts), name, named, "url", header=False
+            )
+        raise DataError(f"{name} has no header and no images: its columns are {shown}; {fix}")
     if len(files) > 1 or len(others) != 1 or len(texts) != 1:
         raise DataError(
             f"{name} has no header, and its columns are {shown}: name them, for example "
@@ -225,12 +238,6 @@ def _column_names(
         name, names[files[0]], image, names[others[0]], texts[0],
     )  # fmt: skip
     return named
-
-
-_DOWNLOAD = (
-    "download the images first, with img2dataset --url_list FILE --output_format webdataset, and "
-    "name the shards that it writes"
-)
 
 
 def _check(rows: list[Example | BadSample], config: DataConfig, path: str) -> None:
@@ -252,7 +259,9 @@ def _check(rows: list[Example | BadSample], config: DataConfig, path: str) -> No
     except DataError as error:
         if config.image in known or not addresses:
             raise
-        raise DataError(f"{error}; {addresses[0]} holds addresses: {_DOWNLOAD}") from None
+        url = url_column(addresses) or addresses[0]
+        advice = download_advice(config, path, sorted(known), url)
+        raise DataError(f"{error}; {url} holds addresses: {advice}") from None
 
 
 def _is_url(value: Any) -> bool:
@@ -275,7 +284,7 @@ def _image_folder(rows: list[Example | BadSample], config: DataConfig, path: str
     if is_remote(path) or any(is_remote(image) for image in images):
         return beside
     above, own = os.path.dirname(beside), os.path.basename(path).split(".")[0].rpartition("_")[2]
-    inner = ("", "images", own, os.path.join("images", own))
+    inner = ("", "images", own, os.path.join("images", own), "flickr30k-images")
     around = (os.path.join(d, i) for d in (beside, above) for i in inner)
     for folder in [beside, *filter(None, [config.data_dir, *around])]:
         if any(os.path.isfile(os.path.join(folder, image)) for image in images):
