@@ -1,7 +1,7 @@
 """`hf://datasets/OWNER/NAME` without files: configs of README.md, names of files, Parquet copies.
 
 Which files `datasets` itself chooses for these repositories is in
-tests/peers/test_datasets_library.py.
+tests/peers/test_repository_layouts.py.
 """
 
 import dataclasses

@@ -275,7 +275,9 @@ def test_a_builder_of_the_user(tmp_path, monkeypatch):
     config = DataConfig("tfds:my_builders.numbered.NumberedPictures", data_dir=str(tmp_path))
     message = fails(config)
     assert "is not prepared in" in message
-    assert message.endswith("or run NumberedPictures().download_and_prepare()")
+    assert message.endswith(
+        'or run NumberedPictures(file_format="array_record").download_and_prepare()'
+    )
     built = module.NumberedPictures(data_dir=str(tmp_path), file_format="array_record")
     built.download_and_prepare()
     colon = "tfds:my_builders.numbered:NumberedPictures"

@@ -97,7 +97,8 @@ class _Decoded:
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, image: str):
         parts = builder.info.splits[split].file_instructions
-        self._records, self._features = Records([p.filename for p in parts]), builder.info.features
+        self._records = Records([part.filename for part in parts])
+        self._features: Any = builder.info.features
         self._decoders = {image: tfds.decode.SkipDecoding()}
         rows = []
         for number, part in enumerate(parts):
@@ -158,11 +159,6 @@ def _prepared(config: DataConfig) -> tfds.core.DatasetBuilder:
     folder = as_path(name)
     if (folder / "dataset_info.json").exists():
         return tfds.builder_from_directory(folder)
-    if folder.is_dir() and "/" in name:
-        raise DataError(
-            f"the folder {name} has no dataset_info.json: name the folder of a version that TFDS "
-            "prepared, such as tfds:FOLDER/NAME/1.0.0"
-        )
     where: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     if match := _BUILDER_CLASS.fullmatch(name):
         return _with_data(_build(match, where), name)
@@ -170,6 +166,11 @@ def _prepared(config: DataConfig) -> tfds.core.DatasetBuilder:
         return read_only_builder.builder_from_files(name, **where)
     except Exception:  # not found: may be a builder class of the user
         pass
+    if folder.is_dir() and "/" in name:
+        raise DataError(
+            f"the folder {name} has no dataset_info.json: name the folder of a version that TFDS "
+            "prepared, such as tfds:FOLDER/NAME/1.0.0"
+        )
     how = f'prepare it with tfds.builder({name!r}, file_format="array_record")'
     try:
         builder = tfds.builder(name, **where)
@@ -204,7 +205,8 @@ def _with_data(builder: tfds.core.DatasetBuilder, name: str) -> tfds.core.Datase
     if not builder.info.splits:
         raise DataError(
             f"the TFDS data set {name!r} is not prepared in {builder.data_dir}: set data_dir to "
-            f"where it is, or run {type(builder).__name__}().download_and_prepare()"
+            f'where it is, or run {type(builder).__name__}(file_format="array_record")'
+            ".download_and_prepare()"
         )
     return builder
 
