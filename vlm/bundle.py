@@ -143,7 +143,7 @@ class Bundle(FactSheet):
         Raises:
             DataError: an image is missing or unreadable; the message names it.
         """
-        self._check_tower(self.model.vision, "vision")
+        instantiate.check_tower(self.model, "vision", self.name)
         size = self._batch_size(batch_size)
         batches = pixel_batches(self.preprocess, one_or_many(images), size, on_error)
         return self._run(self._image_program, batches, size)
@@ -158,7 +158,7 @@ class Bundle(FactSheet):
         Raises:
             DataError: a text is not a string.
         """
-        self._check_tower(self.model.text, "text")
+        instantiate.check_tower(self.model, "text", self.name)
         size = self._batch_size(batch_size)
         stream = iter([texts] if isinstance(texts, str) else texts)
         chunks = iter(lambda: list(itertools.islice(stream, size)), [])
@@ -262,8 +262,9 @@ class Bundle(FactSheet):
             CheckpointError: the folder has other contents or cannot be written, or the format does
                 not support the model.
         """
-        self._check_tower(self.model.vision, "vision")
-        self._check_tower(self.model.text, "text")
+        for tower in ("vision", "text"):
+            if getattr(self.config, tower).kind != "none":
+                instantiate.check_tower(self.model, tower, self.name)
         model = self.merged().model
         if jax.process_count() > 1:
             graph, state = nnx.split(model)
@@ -343,12 +344,6 @@ class Bundle(FactSheet):
             fetch()
         return np.concatenate(parts)
 
-    def _check_tower(self, tower: nnx.Module | None, name: str) -> None:
-        if tower is None:
-            raise ConfigError(
-                f"{self.name} was loaded without its {name} tower: load it with tower='both'"
-            )
-
     def _batch_size(self, batch_size: int | None) -> int:
         if batch_size is None:
             return 32 if jax.default_backend() == "cpu" else 256
@@ -360,11 +355,13 @@ class Bundle(FactSheet):
         c = self.config
         own, patch = getattr(c.vision, "module", None), c.vision.patch_size
         layout = f"patches of {patch}" if own is None else f"by {own.name}"
+        image = f"{c.vision.image_size} px, {layout}"
+        text = f"{c.text.context_length} tokens of {c.text.vocab_size:,}"
         count = sum(math.prod(shape) for shape in flat_shapes(self.model).values())
         return self.name, {
             "parameters": f"{count / 1e6:,.1f} M",
-            "image": f"{c.vision.image_size} px, {layout}",
-            "text": f"{c.text.context_length} tokens of {c.text.vocab_size:,}",
+            "image": "no tower" if c.vision.kind == "none" else image,
+            "text": "no tower" if c.text.kind == "none" else text,
             "embedding": f"{c.embed_dim}",
             "loss": c.loss,
         }
@@ -392,6 +389,7 @@ def load(
 
     A public checkpoint is a name of `vlm models` such as "ViT-B-32", a Hub id, a folder in the
     layout of transformers or open_clip, a big_vision `.npz` or an OpenAI `.pt`. Local paths win.
+    A checkpoint with one tower, such as DINOv2, gives a bundle that encodes images alone.
 
     Args:
         image_size: another resolution, in pixels; position embeddings are resized.
@@ -403,7 +401,7 @@ def load(
             inputs, and all get the embeddings. None: the default device.
         revision: of a Hub model: a branch, tag or commit. None: the commit that this machine
             fetched first, without a network; "main" fetches the newest.
-        tower: "vision" or "text" loads one tower; the other one cannot encode.
+        tower: "vision" or "text" loads one tower alone.
         resize_backend: implementation of the resize, if the checkpoint's files name another one
             than its authors used: "pillow"; "tensor", as torchvision and transformers 5 for uint8
             tensors; "tensorflow", as big_vision. None: that of the files.
@@ -432,7 +430,8 @@ def load(
     rules = checkpoint.config.partition
     place = None if mesh is None else instantiate.parameter_shardings(mesh, rules)
     checkpoint = checkpoint.for_length(context_length)
-    config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, image_size)
+    size = image_size or checkpoint.image_size
+    config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, size)
     preprocess = with_options(preprocess, resize_backend, decode)
     config, tokenizer = at_context_length(
         config,

@@ -95,7 +95,7 @@ def test_tokens_of_an_older_file(folder):
 
 
 PIXELS = [
-    ("hf_clip", {"image_processor_type": "BitImageProcessor"}, "image_processor_type is 'Bit"),
+    ("hf_clip", {"image_processor_type": "BeitImageProcessor"}, "image_processor_type is 'Beit"),
     ("hf_clip", {"do_rescale": False}, "turns do_rescale off"),
     ("hf_clip", {"do_resize": False}, "turns do_resize off"),
     ("hf_clip", {"rescale_factor": 1 / 127.5}, "rescale_factor"),

@@ -5,6 +5,9 @@ is saved as JSON in the run folder.
 """
 
 from vlm._deprecation import renamed
+from vlm.config.absent_towers import NoTextConfig as NoTextConfig
+from vlm.config.absent_towers import NoVisionConfig as NoVisionConfig
+from vlm.config.absent_towers import absence as absence
 from vlm.config.base import Config as Config
 from vlm.config.base import kept_tokens as kept_tokens
 from vlm.config.code import Code as Code

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from vlm.config.absent_towers import NoTextConfig
 from vlm.config.base import Config, kept_tokens
 from vlm.config.bounds import check_activation, check_heads, check_projection
 from vlm.config.code import ImportPath
@@ -99,7 +100,7 @@ class TextConfig(Config):
 
 
 # All kinds of text towers.
-TextTowerConfig = TextConfig | TextModuleConfig
+TextTowerConfig = TextConfig | TextModuleConfig | NoTextConfig
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class ModelConfig(Config):
         return values
 
     def check(self):
+        if self.vision.kind == self.text.kind == "none":
+            raise ConfigError("ModelConfig has neither a vision nor a text tower: give one of them")
         self.vision.check_space(self.embed_dim)
         self.text.check_space(self.embed_dim)
 
@@ -157,8 +160,12 @@ class ModelConfig(Config):
         """Config of the text tower, for code that only supports a transformer.
 
         Raises:
-            ConfigError: the tower is a module of the user's own.
+            ConfigError: there is no text tower, or it is a module of the user's own.
         """
+        if isinstance(self.text, NoTextConfig):
+            raise ConfigError(
+                "the model has no text tower, which this needs: use a model with both towers"
+            )
         if not isinstance(self.text, TextConfig):
             raise ConfigError(
                 f"the text tower is a module of your own, {self.text.module}, and this needs the "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from vlm.config.absent_towers import NoVisionConfig
 from vlm.config.base import Config, VisionTower
 from vlm.config.bounds import check_activation, check_heads
 from vlm.config.code import ImportPath
@@ -38,6 +39,9 @@ class ViTConfig(VisionTower):
             (Perception Encoder). None: learned position embeddings only.
         rotary_span: Scale rotary positions to a grid of this many rows. None: no scaling.
         rotary_rows_first: Rotate the first half of the channels by the row (EVA-02).
+        rotary_base: Base of the periods of rotary positions.
+        rotary_centred: Rotate by the centre of a patch, where the image spans -2 pi to 2 pi
+            (DINOv3).
         pool: Pooling. class: a learned first token; mean: of all tokens; map: attention pooling
             (SigLIP); query: CoCa's attentional pooler.
         pool_heads: Number of heads of map and query pooling. None: `heads`.
@@ -54,6 +58,8 @@ class ViTConfig(VisionTower):
             two norms of the input (ViTamin).
         attention_norm: Add a norm before the output layer of attention (EVA-02).
         key_bias: Add a bias to the keys of attention.
+        pooler: For pool class: a linear layer and a tanh after the norm (transformers' ViTModel).
+        position: Add learned positions to the tokens; DINOv3 has rotary ones only.
         projection: Layer from the pooled token to the shared space. mlp_bias: two layers, the first
             with a bias; the hidden width is 2 * embed_dim.
         activation: Activation of the plain MLP, and of map pooling's; also a function of `jax.nn`.
@@ -105,10 +111,21 @@ class ViTConfig(VisionTower):
     max_patches: int | None = None
     dropout: float = 0.0
     patch_dropout: float = 0.0
+    rotary_base: float = 10_000.0
+    rotary_centred: bool = False
+    pooler: bool = False
+    position: bool = True
 
     def check(self):
         check_heads(self)
         check_activation(self)
+        if self.rotary is None:
+            self.refuse_unused("set rotary", "rotary_base", "rotary_centred")
+        if self.pooler and self.pool != "class":
+            raise ConfigError(
+                f"ViTConfig.pooler follows the class token, and pool is {self.pool!r}: set pool to "
+                '"class"'
+            )
         if self.pool == "query" and self.projection == "none":
             raise ConfigError('ViTConfig.pool "query" needs a projection: set it to "linear"')
         # Pixels left over at the right and bottom are ignored, as in SigLIP So400m/14@384.
@@ -126,13 +143,13 @@ class ViTConfig(VisionTower):
                 f"a nested stem halves {len(self.stem_widths)} times, which patch_size "
                 f"{self.patch_size} cannot: give fewer stem_widths"
             )
-        more = self.prefix_tokens or self.rotary is not None or self.pre_norm
+        more = self.prefix_tokens or self.rotary is not None or self.pre_norm or not self.position
         plain = self.stem == "linear" and self.pool in ("map", "mean") and not more
         if self.max_patches is not None and not plain:
             raise ConfigError(
                 f"ViTConfig.max_patches {self.max_patches} is only valid for NaFlex: remove "
-                'class_token, registers, rotary and pre_norm, and set stem="linear" and '
-                'pool="map" or "mean"'
+                'class_token, registers, rotary and pre_norm, and set position=True, stem="linear" '
+                'and pool="map" or "mean"'
             )
         if self.stem == "conv" and self.image_size % self.patch_size:
             raise ConfigError(
@@ -152,7 +169,8 @@ class ViTConfig(VisionTower):
     @property
     def one_size(self) -> str | None:
         # At another size, timm scales rotary positions to the trained grid.
-        return None if self.rotary is None else "tower with rotary positions"
+        free = self.rotary is None or self.rotary_centred
+        return None if free else "tower with rotary positions"
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
         """Number of tokens in the blocks for an image of `image_size` pixels (None: the default).
@@ -431,6 +449,7 @@ VisionTowerConfig = (
     | ViTaminConfig
     | EfficientNetConfig
     | VisionModuleConfig
+    | NoVisionConfig
 )
 
 

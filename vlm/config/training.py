@@ -282,6 +282,12 @@ class Experiment(Config):
 
     def _check_model(self, model: ModelConfig) -> None:
         vision = model.vision
+        for tower in ("vision", "text"):
+            if getattr(model, tower).kind == "none":
+                raise ConfigError(
+                    f"the model has no {tower} tower, and contrastive training needs both: start "
+                    "from a model with both, or give the config of a new one"
+                )
         if self.preprocess is not None and self.preprocess.image_size != vision.image_size:
             raise ConfigError(
                 f"preprocess.image_size {self.preprocess.image_size} is not the model's "

@@ -12,12 +12,13 @@ from PIL import Image
 from vlm import display
 from vlm._deprecation import rename_arguments
 from vlm.bundle import Bundle
-from vlm.errors import ConfigError, DataError
+from vlm.errors import DataError
 from vlm.explanation.geometry import check_positions, grid, on_image
 from vlm.explanation.methods import dense_embeddings
 from vlm.heads.zero_shot import ZeroShotClassifier, to_scores
 from vlm.inputs.opening import ImageLike, is_image
 from vlm.paths import as_path
+from vlm.weights.instantiate import check_tower
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,10 +110,7 @@ def segment(
         raise DataError(
             f"segment takes one image, not a {type(image).__name__}: call it once per image"
         )
-    if model.model.vision is None:
-        raise ConfigError(
-            f"{model.name} was loaded without its vision tower: load it with tower='both'"
-        )
+    check_tower(model.model, "vision", model.name)
     check_positions(model.config.vision, "segment")
     classifier = ZeroShotClassifier(model, labels, templates, other_label)
     opened = model.preprocess.open(image)

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlm.bundle import Bundle
+from vlm.config import absence
 from vlm.errors import ConfigError
 from vlm.exporting.storing import Dtype, check_direction, check_stored, restored, stored
 from vlm.heads.neighbours import NeighbourClassifier
@@ -69,7 +70,12 @@ def programs(
             classifier of another model.
     """
     if tower is None and classifier is None:
-        tower = "both"
+        kinds: dict[Tower, str] = {
+            "vision": bundle.config.vision.kind,
+            "text": bundle.config.text.kind,
+        }
+        present: list[Tower] = [key for key, kind in kinds.items() if kind != "none"]
+        tower = "both" if len(present) == 2 else present[0]
     if tower is not None:
         tower = checked_tower(tower)
     towers: dict[Tower, Name] = {"vision": "image", "text": "text"}
@@ -86,10 +92,8 @@ def _problem(bundle: Bundle, name: Name, classifier: Any) -> str:
     """Return why a program cannot be exported; empty if it can."""
     needed = "text" if name == "text" else "vision"
     if getattr(bundle.model, needed) is None:
-        return (
-            f"{bundle.name} was loaded without its {needed} tower: load it with tower='both', or "
-            "export only the other tower"
-        )
+        fix = "load it with tower='both', or export only the other tower"
+        return absence(needed, getattr(bundle.config, needed), bundle.name, fix)
     if needed == "vision" and bundle.preprocess.config.resize == "naflex":
         return (
             f"{bundle.name} takes images of any aspect (NaFlex), and an exported program takes "

@@ -19,6 +19,7 @@ from vlm.heads.encoder import Encoder
 from vlm.heads.filters import Value
 from vlm.heads.index_folder import mapped, write_array
 from vlm.heads.items import Id, Stored
+from vlm.heads.model_identity import width_of
 from vlm.heads.retrieval import RetrievalIndex
 
 PARTITION = 1 << 18  # rows
@@ -62,7 +63,7 @@ def read_clip_retrieval(
             f"{folder} has no {modality}_emb/{modality}_emb_0.npy: give a folder that "
             "clip-retrieval wrote"
         )
-    width = np.asarray(model.encode_text(["a"])).shape[1]
+    width = width_of(model)
     metadata = _partitions(folder, "metadata", "parquet")
     index = RetrievalIndex(model, dtype=dtype)
     for number, file in parts.items():

@@ -234,7 +234,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     numbers = isinstance(centre, list) and all(type(x) in (int, float) for x in centre)
     if centre is not None and not (numbers and len(centre) == meta["embed_dim"]):
         raise CheckpointError(f"{path} has no valid 'centre': rebuild the index")
-    if {len(meta["probe_text"]), len(meta["probe_image"])} != {meta["embed_dim"]}:
+    # A model with one tower has one probe.
+    if {len(meta["probe_text"]), len(meta["probe_image"])} - {0} != {meta["embed_dim"]}:
         raise CheckpointError(f"{folder} is corrupt (embedding widths differ): rebuild the index")
     return meta
 

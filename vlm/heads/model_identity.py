@@ -8,6 +8,7 @@ A saved head also stores the model's embeddings of one text and one image. The s
 reproduce them in any file format, to a cosine of SAME on any machine and in any precision.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ EQUAL = 1 - 1e-6  # the same on one machine in one precision
 # too; stores that took hours do not.
 ROUNDING = ("vlm", "platform", "matmul_precision")
 
+_TOWERS = {"probe_text": "text", "probe_image": "vision"}
 FIELDS: dict[str, type] = {"model": str, "probe_text": list, "probe_image": list}
 
 
@@ -79,19 +81,38 @@ def stored_facts(model: Encoder, tower: Literal["image", "text"] | None = None) 
 
 
 def identity(model: Encoder) -> dict[str, Any]:
-    """Return the identity of a model that is stored with its embeddings, as JSON values."""
+    """Return the identity of a model that is stored with its embeddings, as JSON values.
+
+    The probe of a tower that the model does not have is an empty list.
+    """
+    probes = _probes(model)
     return {
         "model": model.name,
         "fingerprint": getattr(model, "fingerprint", None),
         "facts": embedding_facts(model),
-        "probe_text": model.encode_text([PROBE_TEXT])[0].tolist(),
-        "probe_image": model.encode_image([PROBE_IMAGE])[0].tolist(),
+        **{name: probes[name]().tolist() if name in probes else [] for name in _TOWERS},
     }
+
+
+def width_of(model: Encoder) -> int:
+    """Return the dimensions of a model's embeddings, found by encoding a probe."""
+    return len(next(iter(_probes(model).values()))())
+
+
+def _probes(model: Encoder) -> dict[str, Callable[[], np.ndarray]]:
+    """Return functions that embed a text and an image, with the towers that the model has."""
+    config = getattr(getattr(model, "bundle", model), "config", None)
+    probes: dict[str, Callable[[], np.ndarray]] = {
+        "probe_text": lambda: np.asarray(model.encode_text([PROBE_TEXT]), np.float32)[0],
+        "probe_image": lambda: np.asarray(model.encode_image([PROBE_IMAGE]), np.float32)[0],
+    }
+    kinds = {name: getattr(getattr(config, t, None), "kind", "") for name, t in _TOWERS.items()}
+    return {name: probe for name, probe in probes.items() if kinds[name] != "none"}
 
 
 def check_identity(stored: dict[str, Any], model: Encoder, where: Path) -> None:
     """Raise a CheckpointError unless `model` embeds like the model of a stored identity."""
-    for name in ("probe_text", "probe_image"):
+    for name in _TOWERS:
         numbers = stored.get(name)
         if not isinstance(numbers, list) or not all(
             type(x) in (int, float) and abs(x) < 1e6 for x in numbers
@@ -99,21 +120,22 @@ def check_identity(stored: dict[str, Any], model: Encoder, where: Path) -> None:
             raise CheckpointError(f"{where} has no valid {name!r}: save or build it again")
     if not isinstance(stored.get("model"), str) or not isinstance(stored.get("facts", {}), dict):
         raise CheckpointError(f"{where} does not describe its model: save or build it again")
-    width = len(stored["probe_text"])
     fix = f"load {stored['model']!r} as it was, or rebuild it with {model.name!r}"
-    z_text = np.asarray(model.encode_text([PROBE_TEXT]), np.float32)[0]
-    if len(z_text) != width:
-        raise CheckpointError(
-            f"{where} holds embeddings of {width} dimensions and the model {model.name!r} makes "
-            f"{len(z_text)}: {fix}"
-        )
-    same = float(z_text @ np.asarray(stored["probe_text"], np.float32)) >= SAME
+    probes = _probes(model)
     fingerprint = getattr(model, "fingerprint", None)
-    if same and (fingerprint is None or fingerprint != stored.get("fingerprint")):
-        # Two models may share a text tower. With equal fingerprints this is skipped, so that a
-        # text search does not compile the vision tower.
-        z_image = np.asarray(model.encode_image([PROBE_IMAGE]), np.float32)[0]
-        same = float(z_image @ np.asarray(stored["probe_image"], np.float32)) >= SAME
+    same = [name for name in _TOWERS if stored[name]] == list(probes)  # with the same towers
+    for name, probe in probes.items() if same else ():
+        z, width = probe(), len(stored[name])
+        if len(z) != width:
+            raise CheckpointError(
+                f"{where} holds embeddings of {width} dimensions and the model {model.name!r} "
+                f"makes {len(z)}: {fix}"
+            )
+        same = same and float(z @ np.asarray(stored[name], np.float32)) >= SAME
+        # Two models may share a text tower. With equal fingerprints the second probe is skipped,
+        # so that a text search does not compile the vision tower.
+        if not same or (fingerprint is not None and fingerprint == stored.get("fingerprint")):
+            break
     if not same:
         raise CheckpointError(
             f"{where} was built by the model {stored['model']!r}, and {model.name!r} embeds "
@@ -134,7 +156,8 @@ def mismatch(stored: dict[str, Any], model: Encoder) -> str | None:
     fingerprint = getattr(model, "fingerprint", None)
     if None not in (fingerprint, stored.get("fingerprint")):
         return None if fingerprint == stored["fingerprint"] else "other weights"
-    z = model.encode_text([PROBE_TEXT])[0], model.encode_image([PROBE_IMAGE])[0]
-    probes = np.asarray(stored["probe_text"]), np.asarray(stored["probe_image"])
-    alike = all(float(np.asarray(a, float) @ b) >= EQUAL for a, b in zip(z, probes, strict=True))
+    alike = all(
+        len(stored[name]) > 0 and float(probe().astype(float) @ stored[name]) >= EQUAL
+        for name, probe in _probes(model).items()
+    )
     return None if alike else "other weights"

@@ -9,6 +9,8 @@ from vlm.config import (
     ConvNeXtConfig,
     EfficientNetConfig,
     FastViTConfig,
+    NoTextConfig,
+    NoVisionConfig,
     ResNetConfig,
     TextConfig,
     TextModuleConfig,
@@ -35,8 +37,10 @@ _KINDS = {
 
 def vision_tower(
     config: VisionTowerConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
-) -> nnx.Module:
+) -> Any:
     """Make the tower of `config`: normalised images (b, h, w, 3) to embeddings (b, embed_dim).
+
+    It is None for a `NoVisionConfig`.
 
     Example:
         >>> from flax import nnx
@@ -45,6 +49,8 @@ def vision_tower(
         >>> type(tower).__name__
         'ViTTower'
     """
+    if isinstance(config, NoVisionConfig):
+        return None
     if isinstance(config, VisionModuleConfig):
         return module_tower(config, embed_dim, execution=execution, rngs=rngs)
     tower, _ = _KINDS[type(config)]
@@ -58,6 +64,8 @@ def vision_flops(
 
     With `training`, patch dropout is taken into account.
     """
+    if isinstance(config, NoVisionConfig):
+        return {}
     if isinstance(config, VisionModuleConfig):
         return module_flops(config, embed_dim)
     _, flops = _KINDS[type(config)]
@@ -67,7 +75,9 @@ def vision_flops(
 def text_tower(
     config: TextTowerConfig, embed_dim: int, *, execution: Execution, rngs: nnx.Rngs
 ) -> Any:
-    """Make the tower of `config`: token ids (b, n) to embeddings (b, embed_dim)."""
+    """Make the tower of `config`: token ids (b, n) to embeddings (b, embed_dim); or None."""
+    if isinstance(config, NoTextConfig):
+        return None
     make: Any = module_tower if isinstance(config, TextModuleConfig) else text.TextTower
     return make(config, embed_dim, execution=execution, rngs=rngs)
 
@@ -78,5 +88,7 @@ def text_flops(
     """Forward FLOPs of one text, by part; `masking` is the fraction of dropped tokens."""
     if isinstance(config, TextConfig):
         return text.text_flops(config, embed_dim, masking=masking)
+    if isinstance(config, NoTextConfig):
+        return {}
     kept = config.tokens(masking=masking)
     return module_flops(dataclasses.replace(config, context_length=kept), embed_dim)

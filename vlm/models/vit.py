@@ -10,7 +10,7 @@ from vlm.config import ViTConfig
 from vlm.models.projection import map_pool, projection, projection_flops
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, part
-from vlm.nn.layers import LayerNorm, split_keys
+from vlm.nn.layers import LayerNorm, Linear, split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.patches import ConvStem, NestedStem, PatchStem, drop_patches, drop_real_patches
 from vlm.nn.pooling import MapPool, QueryPool, map_pool_flops, mean_pool, query_pool_flops
@@ -45,7 +45,8 @@ class ViTTower(nnx.Module):
         normal = nnx.initializers.normal(c.width**-0.5)
         self.class_token = nnx.Param(normal(rngs.params(), (c.width,))) if has_class else None
         count = (c.image_size // c.patch_size) ** 2 + has_class
-        self.position = nnx.Param(normal(rngs.params(), (count, c.width)))
+        table = (count, c.width)
+        self.position = nnx.Param(normal(rngs.params(), table)) if c.position else None
         registers = (c.registers, c.width)
         self.registers = nnx.Param(normal(rngs.params(), registers)) if c.registers else None
 
@@ -75,6 +76,7 @@ class ViTTower(nnx.Module):
             )
         else:
             self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
+        self.pooler = Linear(c.width, c.width, dtype=dtype, rngs=rngs) if c.pooler else None
         self.projection = projection(c, pooled_width, embed_dim, dtype=dtype, rngs=rngs)
 
     @auto_axes
@@ -119,11 +121,13 @@ class ViTTower(nnx.Module):
             return self._naflex_tokens(images, keys, intermediates)
         patch_keys, block_keys = split_keys(keys)
         x = self.stem(images)
-        position = self.position[...].astype(x.dtype)
-        x = drop_patches(x + position[c.has_class_token :], c.patch_dropout, patch_keys)
+        position = None if self.position is None else self.position[...].astype(x.dtype)
+        x = x if position is None else x + position[c.has_class_token :]
+        x = drop_patches(x, c.patch_dropout, patch_keys)
         parts = []
         if self.class_token is not None:
-            parts.append(self.class_token[...].astype(x.dtype)[None] + position[:1])
+            token = self.class_token[...].astype(x.dtype)[None]
+            parts.append(token if position is None else token + position[:1])
         if self.registers is not None:
             parts.append(self.registers[...].astype(x.dtype))
         if parts:
@@ -140,6 +144,8 @@ class ViTTower(nnx.Module):
                 before=c.prefix_tokens,
                 span=c.rotary_span,
                 rows_first=c.rotary_rows_first,
+                base=c.rotary_base,
+                centred=c.rotary_centred,
             )
         x = capture(intermediates, "stem", x)
         return self.transformer(
@@ -157,6 +163,7 @@ class ViTTower(nnx.Module):
         match c.pool:
             case "class":
                 x = self.norm(x[:, 0])
+                x = x if self.pooler is None else jnp.tanh(self.pooler(x))
             case "query":
                 assert isinstance(self.pool, QueryPool)
                 x = self.norm(self.pool(x, intermediates=part(intermediates, "pool")))
@@ -175,6 +182,7 @@ class ViTTower(nnx.Module):
     ) -> tuple[Float[Array, "b n d"], Bool[Array, "b n"]]:
         """Run the blocks on images of different shapes, with padding masked in attention."""
         assert isinstance(self.stem, PatchStem)
+        assert self.position is not None  # NaFlex has learned positions
         patch_keys, block_keys = split_keys(keys)
         x = self.stem.project(images.pixels.reshape(*images.mask.shape, -1))
         weights = images.rows[..., :, None] * images.columns[..., None, :]
@@ -218,6 +226,8 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
         pool = map_pool_flops(c.width, c.pool_mlp_dim or c.mlp_dim, tokens)
     elif c.pool == "query":
         pool = query_pool_flops(c.width, embed_dim, tokens)
+    elif c.pooler:
+        pool = 2 * c.width**2
     return {
         "stem": stem,
         **block_flops(c, tokens, gated=c.mlp != "plain"),

@@ -37,21 +37,25 @@ def grid_rotation(
     before: int,
     span: int | None = None,
     rows_first: bool = False,
+    base: float = 10_000.0,
+    centred: bool = False,
 ) -> Rotation:
     """Rotation of each patch of a `grid` x `grid` image, as in the Perception Encoder.
 
     Half of the channels rotate with the column, half with the row, both counted from `first`. The
     `before` prefix tokens are not rotated (arXiv:2504.13181). EVA-02 has rows first, and positions
-    scaled to a grid of `span` rows (arXiv:2303.11331).
+    scaled to a grid of `span` rows (arXiv:2303.11331). DINOv3 has rows first, another `base`, and
+    `centred` positions: the image spans -2 pi to 2 pi (arXiv:2508.10104).
     """
     count = head_dim // 4
-    bands = 10_000.0 ** -(np.arange(count, dtype=np.float32) / count)
+    bands = base ** -(np.arange(count, dtype=np.float32) / count)
     halves = np.divmod(np.arange(grid * grid), grid)  # rows, columns
     halves = halves if rows_first else halves[::-1]
     stretch = np.float32(1) if span is None else np.float32(span) / np.float32(grid)
-    angles = np.concatenate(
-        [(half * stretch + first).astype(np.float32)[:, None] * bands for half in halves], axis=1
-    )
+    places = [(half * stretch + first).astype(np.float32) for half in halves]
+    if centred:
+        places = [2 * np.pi * (2 * (half.astype(np.float32) + 0.5) / grid - 1) for half in halves]
+    angles = np.concatenate([place[:, None] * bands for place in places], axis=1)
     angles = np.repeat(angles.astype(np.float32), 2, axis=1)  # pairs of channels rotate together
     angles = np.concatenate([np.zeros((before, head_dim), np.float32), angles])
     return jnp.asarray(np.sin(angles)), jnp.asarray(np.cos(angles))

@@ -23,6 +23,7 @@ from vlm.models.text import shortened
 from vlm.serving.batching import Batcher, Observe, arrival
 from vlm.serving.decoding import Decoders, Work, decoder_count
 from vlm.serving.ordered_threads import OrderedThreads
+from vlm.weights.instantiate import check_tower
 
 TEXT_CACHE_SIZE = 4096  # cached text embeddings, for labels and repeated queries
 TOKENIZERS = 2  # threads; the library itself uses all cores for a long list
@@ -173,7 +174,7 @@ class Batched:
         The function runs on a decoding thread. `rank` is the place of the image in its request.
         `first` puts the image ahead of the queue, and does not wait for a decoding thread.
         """
-        self.bundle._check_tower(self.bundle.model.vision, "image")
+        check_tower(self.bundle.model, "vision", self.bundle.name)
         future: Future = Future()
         since = 0.0 if first else arrival(rank, self.seconds_per_item("image"))
 
@@ -197,7 +198,7 @@ class Batched:
 
     def texts(self, texts: Sequence[str], *, first: bool = False) -> list[Future]:
         """Return the future embeddings of texts; `first` puts them ahead of the queue."""
-        self.bundle._check_tower(self.bundle.model.text, "text")
+        check_tower(self.bundle.model, "text", self.bundle.name)
         futures = [Future() for _ in texts]
         seconds = self.seconds_per_item("text")
         since = [0.0 if first else arrival(rank, seconds) for rank in range(len(texts))]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.config import absence
 from vlm.errors import DataError, VlmError
 from vlm.inputs.decoding_limits import TooLargeError
 from vlm.serving.batched import Batched
@@ -226,12 +227,10 @@ class Service:
         """Raise a RequestError if the model was loaded without one of the towers."""
         for tower in towers:
             if tower not in self.model.towers:
-                raise RequestError(
-                    f"{self.name} was loaded without its {tower} tower: start the server with "
-                    "--tower both",
-                    400,
-                    "no_tower",
-                )
+                key = "vision" if tower == "image" else "text"
+                config = getattr(self.model.bundle.config, key)
+                fix = "start the server with --tower both"
+                raise RequestError(absence(key, config, self.name, fix), 400, "no_tower")
 
     def _seconds_to_wait(self) -> float:
         """Estimate the time for the items in flight in seconds, for Retry-After."""

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlm import bundle
-from vlm.config import Experiment, ModelConfig
+from vlm.config import Experiment, ModelConfig, absence
 from vlm.data.reinforced import Reinforced
 from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
@@ -40,6 +40,7 @@ class Teacher:
         assert config is not None
         model = bundle.load(config.teacher, mesh=mesh if mesh.size > 1 else None)
         self.config: ModelConfig | None = model.config
+        _check_towers(model.config, model.name)
         self.width, self.tokenizer = model.embed_dim, model.tokenizer
         _check(experiment, self.width, model.preprocess)
         self.log_scale = _log_scale(experiment, math.log(model.logit_scale))
@@ -92,6 +93,7 @@ class DescribedTeacher:
     def __init__(self, experiment: Experiment):
         assert experiment.distill is not None
         checkpoint, size, length = describe(experiment.distill.teacher)
+        _check_towers(checkpoint.config, checkpoint.name)
         config, pixels = at_image_size(checkpoint.config, checkpoint.preprocess, size)
         positions = checkpoint.text_positions
         self.config, _ = at_context_length(config, checkpoint.tokenizer, length, positions)
@@ -168,6 +170,14 @@ def _check(e: Experiment, width: int, preprocess: Preprocess | None = None) -> N
             f"and the student of {ours}: set distill.projection to learn a projection between "
             "them, or distill.features to 0"
         )
+
+
+def _check_towers(config: ModelConfig, name: str) -> None:
+    """Raise a ConfigError if the teacher has one tower alone."""
+    towers: tuple[Literal["vision", "text"], ...] = ("vision", "text")
+    for tower in towers:
+        if getattr(config, tower).kind == "none":
+            raise ConfigError(absence(tower, getattr(config, tower), name))
 
 
 def _log_scale(e: Experiment, own: float) -> float:

@@ -43,6 +43,7 @@ class Checkpoint:
     text_positions: TextPositions = "cut"  # ... and of texts
     context_length: int | None = None  # default, if the model has positions for more
     fingerprint: str | None = None  # of the parameters, if stored
+    image_size: int | None = None  # default, if the processor's is not that of the positions
     longer: "Checkpoint | None" = None  # for longer texts, if the family embeds them differently
 
     def __post_init__(self):

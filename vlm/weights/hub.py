@@ -14,7 +14,13 @@ from typing import Any
 from etils import epath
 
 from vlm.errors import CheckpointError, ConfigError
-from vlm.weights import catalogue, huggingface, open_clip, transformers_folders
+from vlm.weights import (
+    catalogue,
+    huggingface,
+    open_clip,
+    timm_folders,
+    transformers_folders,
+)
 from vlm.weights.blobs import download_blob
 from vlm.weights.bundle_format import BUNDLE_FILE
 from vlm.weights.checkpoint import shards, weight_names
@@ -238,7 +244,10 @@ def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
     elif "config.json" in files and transformers_folders.is_of_transformers(folder, files):
         # Check the architecture before downloading the weights.
         values = read_json(folder / "config.json")
-        transformers_folders.model_config(values, f"config.json of {name}")
+        if timm_folders.describes(values):
+            timm_folders.check_name(values, f"config.json of {name}")
+        else:
+            transformers_folders.model_config(values, f"config.json of {name}")
         stems = huggingface.WEIGHTS
     else:
         stems = open_clip.WEIGHTS

@@ -131,37 +131,17 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     family = values["model_type"]
     defaults = DEFAULTS[family]
     if family in ("clip", "metaclip_2"):
-        text, options = read_tower(values, "text", defaults["text"], where)
-        # CLIP's eos_token_id of 2 is an old mistake: such a model pools at the highest id. That of
-        # MetaCLIP 2 is XLM-R's own.
-        end = text["eos_token_id"]
-        pool: dict[str, Any] = {"pool": "end", "end_id": end}
-        if family == "clip" and end == 2:
-            pool = {"pool": "argmax"}
+        text = tower_fields(values, "text", defaults["text"], where)
         return ModelConfig(
             clip_vision(values, where),
-            TextConfig(**options, causal=True, projection="linear", **pool),
+            clip_text(text, family, f"{where}: text_config"),
             embed_dim=with_defaults(values, defaults["model"], where)["projection_dim"],
             loss="softmax",
         )
     vision = tower_fields(values, "vision", defaults["vision"], where)
     text, options = read_tower(values, "text", defaults["text"], where)
-    naflex = family == "siglip2"
-    if naflex:  # a square grid of positions, and as many patches at most as it has
-        grid = math.isqrt(vision["num_patches"])
-        if grid**2 != vision["num_patches"]:
-            raise CheckpointError(
-                f"{where}: vision_config.num_patches {vision['num_patches']} is not a square"
-            )
-        vision["image_size"] = grid * vision["patch_size"]
-    if not vision["vision_use_head"]:
-        raise CheckpointError(f"{where}: a SigLIP vision tower without a head has no embedding")
     return ModelConfig(
-        ViTConfig(
-            **tower_options(vision, f"{where}: vision_config"),
-            pool="map",
-            max_patches=vision["num_patches"] if naflex else None,
-        ),
+        siglip_vision(vision, family, f"{where}: vision_config"),
         TextConfig(**options, pool="last", projection="linear_bias"),
         embed_dim=integer(
             text["projection_size"] or text["hidden_size"], f"{where}: text_config.projection_size"
@@ -173,9 +153,40 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 def clip_vision(values: dict[str, Any], where: str) -> ViTConfig:
-    """Configuration of CLIP's vision tower."""
+    """Configuration of CLIP's vision tower, with its projection."""
     _, options = read_tower(values, "vision", DEFAULTS["clip"]["vision"], where)
-    return ViTConfig(**options, pool="class", pre_norm=True, patch_bias=False, projection="linear")
+    return ViTConfig(**options, **CLIP_VISION, projection="linear")
+
+
+CLIP_VISION: dict[str, Any] = {"pool": "class", "pre_norm": True, "patch_bias": False}
+
+
+def clip_text(text: dict[str, Any], family: str, where: str) -> TextConfig:
+    """Configuration of the text tower with these fields, with its projection."""
+    # CLIP's eos_token_id of 2 is an old mistake: such a model pools at the highest id. That of
+    # MetaCLIP 2 is XLM-R's own.
+    end = text["eos_token_id"]
+    pool: dict[str, Any] = {"pool": "end", "end_id": end}
+    if family == "clip" and end == 2:
+        pool = {"pool": "argmax"}
+    return TextConfig(**tower_options(text, where), causal=True, projection="linear", **pool)
+
+
+def siglip_vision(vision: dict[str, Any], family: str, where: str) -> ViTConfig:
+    """Configuration of SigLIP's vision tower with these fields."""
+    naflex = family == "siglip2"
+    if naflex:  # a square grid of positions, and as many patches at most as it has
+        grid = math.isqrt(vision["num_patches"])
+        if grid**2 != vision["num_patches"]:
+            raise CheckpointError(f"{where}.num_patches {vision['num_patches']} is not a square")
+        vision = vision | {"image_size": grid * vision["patch_size"]}
+    if not vision["vision_use_head"]:
+        raise CheckpointError(f"{where}: a SigLIP vision tower without a head has no embedding")
+    return ViTConfig(
+        **tower_options(vision, where),
+        pool="map",
+        max_patches=vision["num_patches"] if naflex else None,
+    )
 
 
 def read_tower(
@@ -203,11 +214,21 @@ def tower_fields(
             "give the dual encoder that it was made from"
         )
     name = f"{part}_config_dict" if values.get(f"{part}_config_dict") else f"{part}_config"
-    given = fields(values.get(name), f"{where}: {name}")
-    channels = integer(given.get("num_channels") or 3, f"{where}: {part}_config.num_channels")
+    return fields_of_tower(
+        fields(values.get(name), f"{where}: {name}"), defaults, f"{where}: {part}_config"
+    )
+
+
+def fields_of_tower(given: dict[str, Any], defaults: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields `given` of a tower, with the defaults of its class.
+
+    Raises:
+        CheckpointError: a field of another type or size, or images that are not RGB.
+    """
+    channels = integer(given.get("num_channels") or 3, f"{where}.num_channels")
     if channels != 3:
         raise CheckpointError(f"{where}: images have {channels} channels: vlm supports only RGB")
-    return with_defaults(given, defaults, f"{where}: {part}_config")
+    return with_defaults(given, defaults, where)
 
 
 _SIZES = {

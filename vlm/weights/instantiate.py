@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from vlm._deprecation import warn
-from vlm.config import ModelConfig
+from vlm.config import ModelConfig, absence
 from vlm.errors import ConfigError, ShardingError
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.transformer import Execution
@@ -44,6 +44,12 @@ def checked_tower(tower: str) -> Tower:
     if tower not in ("both", "vision", "text"):
         raise ConfigError(f"tower {tower!r} is unknown: choose both, vision or text")
     return tower
+
+
+def check_tower(model: DualEncoder, tower: Literal["vision", "text"], name: str) -> None:
+    """Raise a ConfigError if the model called `name` is without this tower."""
+    if getattr(model, tower) is None:
+        raise ConfigError(absence(tower, getattr(model.config, tower), name))
 
 
 def abstract_model(config: ModelConfig, dtype: DTypeLike) -> DualEncoder:
@@ -90,7 +96,10 @@ def fill_towers(
         ConfigError: an unknown `tower`.
     """
     tower = checked_tower(tower)
-    if tower == "both":
+    present = [name for name in ("vision", "text") if getattr(skeleton, name) is not None]
+    if tower != "both" and tower not in present:
+        raise ConfigError(f"the model has no {tower} tower: load it with tower='both'")
+    if tower == "both" or present == [tower]:
         return fill(skeleton, rules, tensors, ignored=ignored, **options)
     other = "text" if tower == "vision" else "vision"
     prefix = f"{other}."

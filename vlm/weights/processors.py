@@ -2,7 +2,8 @@
 
 "CLIPImageProcessor" and "SiglipImageProcessor" used Pillow when these models were published, and
 use torchvision's tensors since transformers 5. Their files do not say which. vlm uses Pillow like
-the authors, and tensors for names that end in "Fast" and for "Tipsv2ImageProcessor".
+the authors, and tensors for names that end in "Fast" and for "Tipsv2ImageProcessor". DINOv3's
+processor resizes in floating point; vlm rounds to 8 bits, by at most one grey level.
 """
 
 import math
@@ -45,7 +46,7 @@ _PROCESSORS = (
     "CLIPImageProcessor", "CLIPFeatureExtractor", "ChineseCLIPImageProcessor",
     "ChineseCLIPFeatureExtractor", "SiglipImageProcessor", "Siglip2ImageProcessor",
     "Fgclip2ImageProcessor", "EfficientNetImageProcessor", "Tipsv2ImageProcessor",
-    "ViTImageProcessor", "ViTFeatureExtractor",
+    "ViTImageProcessor", "ViTFeatureExtractor", "BitImageProcessor", "DINOv3ViTImageProcessor",
 )  # fmt: skip
 PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
@@ -65,6 +66,7 @@ def huggingface_preprocess(
         if not _on(values, step, True, where):
             raise CheckpointError(f"{where} turns {step} off, and a model takes images of one size")
     naflex, tips = name.startswith(("Siglip2", "Fgclip2")), name.startswith("Tipsv2")
+    dinov3 = name.startswith("DINOv3")
     if name.startswith("Fgclip2") and _on(values, "dynamic_max_patches", True, where):
         raise CheckpointError(
             f"{where} has dynamic_max_patches, so that an image's patches depend on the largest in "
@@ -74,17 +76,18 @@ def huggingface_preprocess(
     factor = number(values.get("rescale_factor", 1 / 255), f"{where}: rescale_factor", above=0.0)
     if abs(factor * 255 - 1) > 1e-6 and not efficient:
         raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm supports only 1/255")
-    resample = values.get("resample", 2 if naflex or tips else 3)
+    bilinear = naflex or tips or name.startswith(("ViT", "DINOv3"))
+    resample = values.get("resample", 2 if bilinear else 3)
     kernel = PIL_RESAMPLE.get(resample) if type(resample) is int else None
     if kernel is None:
         raise CheckpointError(
             f"{where} has resample {brief(resample)}: vlm supports "
             + ", ".join(f"{number} ({name})" for number, name in PIL_RESAMPLE.items())
         )
-    family = "crop" if "CLIP" in name else "squash"
+    family = "crop" if "CLIP" in name or name.startswith("Bit") else "squash"
     common = {
         "kernel": kernel,
-        "backend": "tensor" if name.endswith("Fast") or tips else "pillow",
+        "backend": "tensor" if name.endswith("Fast") or tips or dinov3 else "pillow",
         "mean": (0.0,) * 3,
         "std": (1.0,) * 3,
     }
@@ -92,6 +95,7 @@ def huggingface_preprocess(
         common["mean"], common["std"] = _efficientnet(values, factor, where)
     elif _on(values, "do_normalize", not tips, where):
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
+        fallback = (IMAGENET_MEAN, IMAGENET_STD) if dinov3 else fallback
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
         common["std"] = _deviation(values.get("image_std", fallback[1]), f"{where}: image_std")
     if naflex:

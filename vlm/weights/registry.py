@@ -23,6 +23,7 @@ from vlm.weights import (
     openvision,
     peft,
     state_dict,
+    timm_folders,
     tips_npz,
     transformers_folders,
 )
@@ -34,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 FAMILIES = (
     bundle_format,
+    timm_folders,
     transformers_folders,
     openvision,
     open_clip,
@@ -127,13 +129,13 @@ def describe(model: epath.PathLike) -> tuple[Checkpoint, int | None, int | None]
     saved = open_adapter(model)
     if saved is None:
         checkpoint, _ = open_model(model, None)
-        return checkpoint, None, checkpoint.context_length
+        return checkpoint, checkpoint.image_size, checkpoint.context_length
     if saved.origin.base is None:
         raise CheckpointError(
             f"the adapter {model!r} does not name its base model: merge and save it first"
         )
     checkpoint, _ = open_model(saved.origin.base, None)
-    size = None if saved.preprocess is None else saved.preprocess.image_size
+    size = checkpoint.image_size if saved.preprocess is None else saved.preprocess.image_size
     length = saved.context_length or checkpoint.context_length
     return checkpoint.for_length(length), size, length
 

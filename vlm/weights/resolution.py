@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from vlm.config import ModelConfig, PreprocessConfig, TextModuleConfig, ViTConfig
+from vlm.config import ModelConfig, NoTextConfig, PreprocessConfig, TextModuleConfig, ViTConfig
 from vlm.errors import ConfigError
 from vlm.inputs.resizing import resize_matrix
 from vlm.inputs.tokenizer import Tokenizer
@@ -30,7 +30,8 @@ def at_image_size(
     """
     vision = config.vision
     flexible = getattr(vision, "max_patches", None) is not None
-    if image_size is None or (image_size == preprocess.image_size and not flexible):
+    same = image_size == preprocess.image_size == vision.image_size
+    if image_size is None or (same and not flexible):
         return config, preprocess
     if vision.one_size:
         raise ConfigError(
@@ -64,6 +65,8 @@ def at_context_length(
     text = config.text
     if context_length is None:
         return config, tokenizer
+    if isinstance(text, NoTextConfig):
+        raise ConfigError(f"context_length {context_length}: the model has no text tower")
     if context_length > text.context_length and positions == "cut":
         raise ConfigError(
             f"context_length {context_length}: the model has positions for {text.context_length} "

@@ -44,7 +44,7 @@ _PE_GIGANTIC = (1536, 50, 16, 8960)
 
 # Plain ViTs: sizes, patch, kind and image size. All but the heads, the activation and the epsilon
 # is in the shapes of the tensors.
-_VIT = re.compile(
+PLAIN_VIT = re.compile(
     rf"(?:vit|deit3?)_({'|'.join(_SIZES)})_patch(\d+)_"
     r"(?:(clip_quickgelu|clip|siglip_gap|siglip|(?:reg\d_)?gap|(?:reg\d_)?map)_)?"
     r"(?:(\d+)|(?:reg\d_)?(?:dinov2|tipsv2))(\..*)?$"
@@ -53,7 +53,7 @@ _PE = re.compile(r"vit_pe_core_(tiny|small|base|large|gigantic)_patch(\d+)_(\d+)
 _PROJECTIONS = (None, "none", "linear", "mlp")
 NAMES = {
     _PE: {("map", None)},
-    _VIT: {(pool, proj) for pool in ("token", "avg", "map") for proj in _PROJECTIONS}
+    PLAIN_VIT: {(pool, proj) for pool in ("token", "avg", "map") for proj in _PROJECTIONS}
     | {("", "linear"), ("", "mlp")},  # the name's own pool
 }
 READS = (
@@ -93,7 +93,7 @@ _WITH_HEAD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _tower(name: str) -> ViTConfig:
+def named_tower(name: str) -> ViTConfig:
     """The tower that timm makes of a name, with its own head and without registers."""
     options: dict[str, Any]
     if match := _PE.match(name):
@@ -103,7 +103,7 @@ def _tower(name: str) -> ViTConfig:
         options |= {"class_token": not gigantic, "rotary": 0 if gigantic else 1}
         image_size = int(match[3])
     else:
-        match = _VIT.match(name)
+        match = PLAIN_VIT.match(name)
         assert match is not None  # the caller has found the name
         sizes, kind, image_size = _SIZES[match[1]], match[3] or "", int(match[4] or 224)
         if name.startswith("vit_base_patch16_gap_"):
@@ -133,7 +133,7 @@ def _tower(name: str) -> ViTConfig:
 
 
 TOWERS = {
-    (name := form.format(size, pixels)): _tower(name)
+    (name := form.format(size, pixels)): named_tower(name)
     for form, sizes in _PIXELS.items()
     for size, image_sizes in sizes.items()
     for pixels in image_sizes
@@ -144,7 +144,7 @@ def vision_config(
     name: str, image_size: int, pool: str, proj: str | None, shapes: Shapes
 ) -> ViTConfig:
     """Tower `name`, with the sizes and parts that the `shapes` of its tensors have."""
-    tower = dataclasses.replace(_tower(name), image_size=image_size, **block_sizes(shapes))
+    tower = dataclasses.replace(named_tower(name), image_size=image_size, **block_sizes(shapes))
     if _PE.match(name):
         mlp_dim = shapes[f"{TRUNK}.attn_pool.mlp.fc1.weight"][0]
         return dataclasses.replace(tower, pool_mlp_dim=mlp_dim)

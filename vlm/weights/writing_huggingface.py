@@ -14,6 +14,12 @@ from vlm.weights.files import write_safetensors
 from vlm.weights.rules import write
 from vlm.weights.writing_align import align_config, align_preprocess, align_tensors
 from vlm.weights.writing_bert_clip import bert_clip_config, bert_clip_tensors, is_bert_clip
+from vlm.weights.writing_one_tower import (
+    is_one_tower,
+    one_tower_config,
+    one_tower_processor,
+    one_tower_tensors,
+)
 from vlm.weights.writing_tipsv2 import (
     is_tipsv2,
     tipsv2_config,
@@ -39,6 +45,12 @@ def write_huggingface(
     if isinstance(config.vision, EfficientNetConfig):
         values, tensors = align_config(config, tokenizer), align_tensors(model)
         processor = align_preprocess(preprocess.config)
+    elif is_one_tower(config):
+        values = one_tower_config(config)
+        kind = values["model_type"]
+        tensors = one_tower_tensors(model, kind)
+        name = one_tower_processor(preprocess.config, kind)
+        processor = _preprocess(preprocess.config, kind.removesuffix("_vision_model"), name)
     elif is_tipsv2(config):
         values, tensors = tipsv2_config(config, tokenizer), tipsv2_tensors(model)
         processor = tipsv2_preprocess(preprocess.config)
@@ -52,7 +64,8 @@ def write_huggingface(
         processor = _preprocess(preprocess.config, values["model_type"])
     parts.dump(folder / "config.json", values)
     parts.dump(folder / "preprocessor_config.json", processor)
-    tokenizer_files(folder, tokenizer, **settings)
+    if not is_one_tower(config):
+        tokenizer_files(folder, tokenizer, **settings)
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
@@ -114,7 +127,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
     )
 
 
-def _preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
+def _preprocess(c: PreprocessConfig, family: str, name: str | None = None) -> dict[str, Any]:
     """Return the `preprocessor_config.json`."""
     siglip = family == "siglip"
     cropped = c.resize == "squash" and c.short_side not in (None, c.image_size)
@@ -126,7 +139,7 @@ def _preprocess(c: PreprocessConfig, family: str) -> dict[str, Any]:
     }
     parts.refuse_if("transformers", faults)
     names = {"siglip": "SiglipImageProcessor", "siglip2": "Siglip2ImageProcessor"}
-    name = names.get(family, "CLIPImageProcessor")
+    name = names.get(family, name or "CLIPImageProcessor")
     values = parts.processor_values(
         c, name + ("Fast" if c.backend == "tensor" else ""), do_center_crop=c.resize == "crop"
     )

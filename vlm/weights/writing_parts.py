@@ -11,7 +11,10 @@ from vlm.weights.huggingface import tower_values
 from vlm.weights.processors import PIL_RESAMPLE
 
 HOLDS = {
-    "transformers": "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP and TIPSv2, and ALIGN",
+    "transformers": (
+        "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP and TIPSv2, ALIGN, and the vision towers "
+        "of CLIP, SigLIP, ViT, DINOv2 and DINOv3 alone"
+    ),
     "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and BERT, XLM-R, RoBERTa and NLLB",
 }
 SIGMOID = "a logit_bias or the sigmoid loss"
