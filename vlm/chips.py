@@ -35,6 +35,7 @@ class Chip:
     host_memory: float | None = None  # bytes per machine
     clock: float | None = None  # cycles per second, where they are known
     unit: int = 16  # rows and columns of a matrix unit
+    vmem: int = 0  # bytes of vector memory of a TPU core
     devices: int = 1
     reserved: float = 0.0  # bytes per device that the TPU runtime reserves
 
@@ -63,6 +64,7 @@ def _read() -> tuple[dict[str, Chip], dict[str, str]]:
         for field in ("memory", "reserved"):
             if (gib := entry.pop(f"{field}_gib", None)) is not None:
                 entry[field] = gib * 2**30
+        entry["vmem"] = entry.pop("vmem_mib", 0) * 2**20
         chips[name] = Chip(name, **entry)
     return chips, kinds
 

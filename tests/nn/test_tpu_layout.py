@@ -26,7 +26,7 @@ LARGEST_SHARE = 0.03  # of estimated cycles, in copies and layout changes
     [
         (72, 16, 256),
         (80, 16, 257),
-        (104, 16, 196),  # at 257, blocks of all heads of 104 would not fit in VMEM
+        (104, 16, 257),  # needs more than the compiler's default of VMEM
         (128, 8, 256),
     ],
 )

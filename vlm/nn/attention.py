@@ -62,7 +62,12 @@ def _sharded_kernel(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, ca
     ways = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
     rows = P(examples, None, "tensor" if ways > 1 else None)
     kernel = jax.shard_map(
-        functools.partial(tpu_attention.attend, heads=heads // ways, causal=causal),
+        functools.partial(
+            tpu_attention.attend,
+            heads=heads // ways,
+            causal=causal,
+            vmem=tpu_attention.vmem_on(mesh),
+        ),
         mesh=mesh,
         in_specs=(rows, rows, rows, P(examples) if masked else P()),
         out_specs=rows,

@@ -2,13 +2,15 @@
 
 The towers' sequences are short (77 tokens, 257 patches), so all weights of a head fit in VMEM. The
 kernel is therefore simpler than FlashAttention (arXiv:2205.14135): it needs no blockwise softmax,
-and one backward pass that uses only the inputs.
+and one backward pass that uses only the inputs. Sequences of over 1,024 tokens use JAX's
+FlashAttention.
 
 Arrays keep the layout of the projections, (b, n, h * d), so nothing is transposed, padded or copied
 on the way. One kernel invocation processes some examples and some heads. Heads of 72, 88 or 104
 dimensions begin inside a vector register; the compiler shifts them in VMEM.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -16,16 +18,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.flash_attention import (
+    BlockSizes,
+    SegmentIds,
+    flash_attention,
+)
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, BFloat16, Bool
 
+from vlm.chips import chip_of
+
 LANES = 128  # lanes of a vector register, the unit of the last axis
 HEAD = 8  # unit of the head dimension that the compiler accepts
-WIDE_HEAD = 64  # unit for long sequences, where all heads of a narrower unit do not fit in VMEM
-MANY_TOKENS = 288  # tokens: longer sequences use `WIDE_HEAD`
-LARGEST = 5 * 2**16  # elements of an example's array per kernel invocation, beyond which also
-LONGEST = 1024  # tokens: longer weight matrices do not fit in VMEM
+WIDE_HEAD = 64  # unit where all heads of a narrower unit do not fit in VMEM
+LONGEST = 1024  # tokens: longer sequences use FlashAttention
+FLASH_BLOCK = 512  # queries and keys of a block of FlashAttention
 BLOCK = 2**17  # approximate elements of an array per kernel invocation
+DEFAULT_VMEM = 2**24  # bytes that the compiler gives a kernel by default
 
 
 class _Form(NamedTuple):
@@ -34,6 +44,7 @@ class _Form(NamedTuple):
     heads: int
     scale: float
     causal: bool
+    vmem: int  # bytes that a kernel may use
     interpret: bool  # run in interpret mode on any device, for tests
 
 
@@ -46,7 +57,8 @@ def fits(query: Shaped, key: Shaped, mask: Shaped | None) -> bool:
     return (
         query.dtype == jnp.bfloat16
         and query.shape == key.shape
-        and 8 <= n <= LONGEST
+        and n >= 8
+        and (n <= LONGEST or query.shape[-1] <= LANES)
         and (mask is None or mask.shape == (len(query), 1, 1, n))
     )
 
@@ -57,6 +69,13 @@ def runs_on(mesh: AbstractMesh) -> bool:
     return device is None or device.device_kind not in ("TPU v2", "TPU v3")
 
 
+def vmem_on(mesh: AbstractMesh) -> int:
+    """Bytes of VMEM that a kernel may use on the mesh's devices: 3/4, but the default at least."""
+    device = mesh.abstract_device
+    chip = None if device is None else chip_of(device.device_kind)
+    return max(DEFAULT_VMEM, 0 if chip is None else chip.vmem * 3 // 4)
+
+
 def attend(
     query: BFloat16[Array, "b n w"],
     key: BFloat16[Array, "b n w"],
@@ -65,6 +84,7 @@ def attend(
     *,
     heads: int,
     causal: bool = False,
+    vmem: int = DEFAULT_VMEM,
     interpret: bool = False,
 ) -> BFloat16[Array, "b n w"]:
     """softmax(query key^T / sqrt(d)) value of every head, for arrays that `fits` accepts.
@@ -74,10 +94,12 @@ def attend(
     """
     b, n, width = query.shape
     d = width // heads
-    form = _Form(heads, d**-0.5, causal, interpret)
+    if n > LONGEST:
+        return _flash(query, key, value, mask, heads=heads, causal=causal)
+    form = _Form(heads, d**-0.5, causal, vmem, interpret)
     # float32, which every generation can load and broadcast.
     keep = None if mask is None else mask[:, 0].astype(jnp.float32)
-    extra = -d % _unit(heads, d, n)
+    extra = -d % _unit(heads, d, n, vmem)
     if not extra:
         return _attention(form, query, key, value, keep)
     # Zeros change no product.
@@ -190,6 +212,7 @@ def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
             transcendentals=b * heads * n**2,
             bytes_accessed=(len(arrays) + results) * 2 * b * n * width,
         ),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=form.vmem),
         interpret=form.interpret,
         name="attention" if results == 1 else "attention_backward",
     )(*flat)
@@ -201,8 +224,38 @@ def _heads_per_run(heads: int, d: int, n: int) -> int:
     return next((h for h in divisors if h * d * n >= BLOCK // 2), heads)
 
 
-def _unit(heads: int, d: int, n: int) -> int:
-    """Unit to which the head dimension is padded in memory, which costs copies."""
+def _unit(heads: int, d: int, n: int, vmem: int) -> int:
+    """Unit to which the head dimension is padded in memory, which costs copies.
+
+    A backward pass has seven arrays in two buffers each, and float32 matrices of weights.
+    """
     d += -d % HEAD
-    fit = n <= MANY_TOKENS and _heads_per_run(heads, d, n) * d * n <= LARGEST
-    return HEAD if fit else WIDE_HEAD
+    needed = 7 * 2 * 2 * n * d * _heads_per_run(heads, d, n) + 3 * 4 * n**2
+    return HEAD if needed <= 3 * vmem // 4 else WIDE_HEAD
+
+
+# ------------------------------------------------------------------------ long sequences
+
+
+def _flash(query, key, value, mask, *, heads: int, causal: bool) -> jax.Array:
+    """FlashAttention of arrays (b, n, w), padded to whole blocks; nobody attends to the padding."""
+    b, n, width = query.shape
+    extra = -n % FLASH_BLOCK
+
+    def by_head(x):
+        x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
+        return x.reshape(b, n + extra, heads, -1).transpose(0, 2, 1, 3)
+
+    keep = jnp.ones((b, n), bool) if mask is None else mask[:, 0, 0]
+    keep = jnp.pad(keep, ((0, 0), (0, extra))).astype(jnp.int32)
+    out = flash_attention(
+        *map(by_head, (query, key, value)),
+        segment_ids=SegmentIds(jnp.ones_like(keep), keep),
+        causal=causal,
+        sm_scale=(width // heads) ** -0.5,
+        block_sizes=BlockSizes(block_b=1, **dict.fromkeys(_BLOCKS, FLASH_BLOCK)),
+    )
+    return out.transpose(0, 2, 1, 3).reshape(b, n + extra, width)[:, :n]
+
+
+_BLOCKS = tuple(field.name for field in dataclasses.fields(BlockSizes) if field.name != "block_b")

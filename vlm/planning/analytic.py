@@ -14,7 +14,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
 from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, saved_names
-from vlm.nn.tpu_attention import LONGEST
+from vlm.nn.tpu_attention import LANES, LONGEST
 from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
 from vlm.planning.compile import PlannedSupervision, StateBytes, planned_supervision, total_bytes
 
@@ -171,7 +171,7 @@ def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, conf
     if chip is None or experiment.dtype == "float32":
         return False
     if chip.platform == "tpu":
-        return tokens <= LONGEST
+        return tokens <= LONGEST or config.width // config.heads <= LANES
     return getattr(config, "pad_id", None) is None and config.width // config.heads % 8 == 0
 
 
