@@ -31,6 +31,7 @@ from vlm.config import (
     OptimizerConfig,
     PreprocessConfig,
     ResNetConfig,
+    SelectionConfig,
     TextConfig,
     TokenizerConfig,
     ViTaminConfig,
@@ -59,6 +60,7 @@ EXPERIMENTS = [
         evals=(EvalConfig(source="folder/"),),
         adapter=AdapterConfig(),
         distill=DistillConfig("teacher/"),
+        selection=SelectionConfig(),
     )
     for tower in TOWERS
 ]

@@ -11,6 +11,7 @@ from vlm.config import (
     MeshConfig,
     ModelConfig,
     PreprocessConfig,
+    SelectionConfig,
     TextConfig,
     TokenizerConfig,
     ViTConfig,
@@ -29,6 +30,8 @@ def taught(how: str) -> dict:
     """The fields of an experiment that is taught more than its pairs: six classes, or a teacher."""
     if how == "distillation":
         return {"distill": DistillConfig(TEACHER, features=1.0, projection=True)}
+    if how == "selection":
+        return {"selection": SelectionConfig(reference=TEACHER, filter_ratio=0.5, chunks=4)}
     data = DataConfig(str(tiny.folder() / "data"), label="caption", captions=(), eval_split=None)
     return {"objective": how, "init_from": "model", "data": data}
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from small import experiment, taught
 
+import vlm.planning
 from vlm.config import (
     ConvNeXtConfig,
     EfficientNetConfig,
@@ -101,7 +102,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [*CASES, "classification", "distillation"])
+@pytest.mark.parametrize("case", [*CASES, "classification", "distillation", "selection"])
 def test_executed_flops_are_the_products_of_the_step(case):
     e = experiment(**(CASES[case] if case in CASES else taught(case)))
     # What the jaxpr holds beyond: gradients of the pixels and of unused halves of tiles.
@@ -164,3 +165,22 @@ def test_flops_of_naflex_are_of_as_many_patches_as_it_takes():
     ours, theirs = vision_flops(long, 20), vision_flops(square, 20)
     assert (ours["mlp"], ours["scores"]) == (3 * theirs["mlp"], 9 * theirs["scores"])
     assert ours["pool"] > 2 * theirs["pool"]
+
+
+def test_a_plan_counts_the_scoring_of_a_super_batch():
+    """Forward passes of learner and reference over it, and its examples."""
+    plain, chosen = experiment(examples=2**20), experiment(examples=2**20, **taught("selection"))
+    before = vlm.planning.plan(plain, "h100:8", compiled=False)
+    after = vlm.planning.plan(chosen, "h100:8", compiled=False)
+    forward = sum(encode_flops(chosen.model))
+    scoring = sum(after.flops[f"selection/{tower}"].forward for tower in ("vision", "text"))
+    assert scoring == 128 * forward
+    teacher = planned_supervision(chosen).supervision.teacher
+    assert teacher is not None
+    found = sum(after.flops[f"teacher/{tower}"].forward for tower in ("vision", "text"))
+    assert found == 128 * sum(encode_flops(teacher))
+    one, other = before.needs(), after.needs()
+    assert one is not None
+    assert other is not None
+    assert one.examples == other.examples == 2**20
+    assert after.sent["selection of pairs"] == 64 * 32 * 32 * 3 * 7 / 8

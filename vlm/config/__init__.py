@@ -46,6 +46,7 @@ from vlm.config.optimizer import OptimizerConfig as OptimizerConfig
 from vlm.config.placeholders import require_bucket as require_bucket
 from vlm.config.placeholders import with_bucket as with_bucket
 from vlm.config.placeholders import without_evals as without_evals
+from vlm.config.selection import SelectionConfig as SelectionConfig
 from vlm.config.towers import Activation as Activation
 from vlm.config.towers import ConvNeXtConfig as ConvNeXtConfig
 from vlm.config.towers import FastViTConfig as FastViTConfig

@@ -40,6 +40,7 @@ _INTEGERS = _by_field(
         Bounds(0, 1_000): ("depth",),
         Bounds(1, 1_000): ("EfficientNetStage.depth", "depths", "conv_depths"),
         Bounds(1, 127): ("EfficientNetStage.kernel",),
+        Bounds(1, 1_024): ("chunks",),
         Bounds(1, 16_384): (
             "image_size", "init_image_size", "resolution_schedule", "patch_size", "short_side",
         ),
@@ -73,6 +74,7 @@ _FLOATS = _by_field(
             "dropout", "patch_dropout", "text_masking", "hold_out", "warmup", "b1", "b2", "ema",
         ),
         Bounds(0, 0.5): ("hue",),
+        Bounds(0, 0.99): ("filter_ratio",),
         Bounds(0, 1_000): (
             "learning_rate", "end_learning_rate", "vision_rate", "text_rate", "weight_decay",
             "l2_sp",

@@ -12,6 +12,7 @@ from vlm.config.fine_tuning import AdapterConfig, DistillConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import ModelConfig
 from vlm.config.optimizer import OptimizerConfig
+from vlm.config.selection import SelectionConfig
 from vlm.config.training import Experiment, MeshConfig
 
 
@@ -92,7 +93,7 @@ _DECISIONS: dict[type[Config], dict[str, Decision]] = {
         "name preprocess data optimizer mesh evals micro_batch_size steps epochs "
         "examples seconds dtype remat scan resolution_schedule text_masking log_every eval_every "
         "checkpoint_every checkpoint_minutes keep_checkpoints keep_hours profile losses "
-        "loss_intermediates callbacks code",
+        "loss_intermediates callbacks code selection",
     )
     | _all(START, "init_towers init_image_size init_context_length")
     | _all(STATE, "model lock freeze adapter")
@@ -150,6 +151,7 @@ _DECISIONS: dict[type[Config], dict[str, Decision]] = {
     AdapterConfig: _all(STATE, "rank alpha targets dora quantize"),
     DistillConfig: _all(FREE, "teacher stored task relations features distance temperature")
     | {"projection": STATE},
+    SelectionConfig: _all(FREE, "score chunks reference stored") | {"filter_ratio": DATA},
 }  # fmt: skip
 # Fields of the towers and their stages. A field that is not here is part of the architecture.
 _TOWERS: dict[str, Decision] = {

@@ -11,6 +11,7 @@ from vlm.config.fine_tuning import AdapterConfig, DistillConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import Loss, ModelConfig
 from vlm.config.optimizer import UNSET, Converted, OptimizerConfig, Resolved, check_pattern
+from vlm.config.selection import SelectionConfig
 from vlm.config.towers import VisionTowerConfig
 from vlm.errors import ConfigError
 
@@ -117,6 +118,9 @@ class Experiment(Config):
         callbacks: Callbacks of the run, such as `vlm.callbacks.WandB()`.
         code: Import paths of your own code in this config, each with a hash of its source. The run
             fills them in.
+        selection: Online data selection: train on a part of each super-batch, chosen by learner and
+            reference (JEST, ACID). examples and epochs then count the pairs of super-batches. With
+            distill, its teacher is the reference. None: train on all pairs.
 
     Example:
         >>> import dataclasses
@@ -178,6 +182,12 @@ class Experiment(Config):
     freeze: tuple[str, ...] = ()
     callbacks: tuple[ImportPath, ...] = ()
     code: tuple[tuple[str, str], ...] = ()
+    selection: SelectionConfig | None = None
+
+    @property
+    def super_batch_size(self) -> int:
+        """Pairs that a step reads: `batch_size`, or more with a selection."""
+        return self.batch_size * (1 if self.selection is None else self.selection.super_batch)
 
     def check(self):
         lengths = ("steps", "epochs", "examples", "seconds")
@@ -198,6 +208,7 @@ class Experiment(Config):
             )
         self._check_start()
         self._check_objective()
+        self._check_selection()
         self._check_own_parts()
         if self.model is not None or self.init_from is None:
             self._check_model(self.model or ModelConfig())
@@ -251,6 +262,32 @@ class Experiment(Config):
             raise ConfigError(f"all weights of losses {dict(self.losses)} are 0: give one above")
         if not any(isinstance(loss, Code) for loss, _ in self.losses):
             self.refuse_unused("only losses of your own read it: add one", "loss_intermediates")
+
+    def _check_selection(self) -> None:
+        selection = self.selection
+        if selection is None:
+            return
+        if self.objective != "contrastive":
+            raise ConfigError(
+                f"selection scores pairs by the contrastive loss, and objective is "
+                f'{self.objective!r}: set it to "contrastive", or leave selection out'
+            )
+        if self.batch_size % selection.chunks:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not a multiple of selection.chunks "
+                f"{selection.chunks}: choose a number of chunks that divides it"
+            )
+        own = selection.reference or selection.stored
+        if self.distill is not None and own:
+            raise ConfigError(
+                f"the reference of a selection is the teacher of distill, and selection names "
+                f"{own!r}: leave selection.reference and selection.stored out"
+            )
+        if self.distill is None and not own and selection.score != "hard_learner":
+            raise ConfigError(
+                f"selection.score {selection.score!r} needs a reference: give selection.reference, "
+                "a model for vlm.load, or selection.stored, a folder of its embeddings"
+            )
 
     def _check_objective(self) -> None:
         if self.distill is not None and bool(self.distill.teacher) == bool(self.distill.stored):
@@ -345,7 +382,7 @@ class Experiment(Config):
                     f'preprocess.{name} {getattr(preprocess, name)} of resize "naflex" is not '
                     f"model.vision.{name} {ours}: set both to the same number"
                 )
-        for name in ("resolution_schedule", "distill"):
+        for name in ("resolution_schedule", "distill", "selection"):
             if getattr(self, name):
                 raise ConfigError(
                     f'{name} is of square images, and preprocess.resize "naflex" makes images of '

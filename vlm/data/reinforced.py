@@ -42,6 +42,7 @@ class Reinforced:
     width: int
     log_scale: float  # of the teacher's logits
     data: dict[str, Any]
+    logit_bias: float | None = None  # older stores have none
 
     @classmethod
     def open(cls, folder: str) -> "Reinforced":
@@ -49,6 +50,7 @@ class Reinforced:
         path = Path(folder)
         try:
             about = json.loads((path / FILE).read_text())
+            about.setdefault("logit_bias", None)
             found = cls(folder, **{f.name: about[f.name] for f in dataclasses.fields(cls)[1:]})
             shape = (found.examples, found.variants, found.width)
             if any(np.load(path / f"{name}.npy", mmap_mode="r").shape != shape for name in ARRAYS):

@@ -14,7 +14,7 @@ The compiler's own count is of no use here: it sees the body of a loop over laye
 
 from dataclasses import dataclass
 
-from vlm.config import DistillConfig, Experiment, ModelConfig
+from vlm.config import DistillConfig, Experiment, ModelConfig, SelectionConfig
 from vlm.models.towers import text_flops, vision_flops
 from vlm.nn.remat import recomputed_share
 
@@ -82,9 +82,11 @@ def step_flops(
     parts |= _loss_flops(e, supervision.classes)
     if supervision.teacher is not None:
         for tower, flops in zip(("vision", "text"), encode_flops(supervision.teacher), strict=True):
-            parts[f"teacher/{tower}"] = PartFlops(batch * flops, 0.0)
+            parts[f"teacher/{tower}"] = PartFlops(e.super_batch_size * flops, 0.0)
     if e.distill is not None:
         parts |= _distillation_flops(e, e.distill, supervision.width)
+    if e.selection is not None:
+        parts |= _selection_flops(e, e.selection, supervision.width)
     return {name: part for name, part in parts.items() if part.executed}
 
 
@@ -107,6 +109,23 @@ def _distillation_flops(e: Experiment, config: DistillConfig, width: int) -> dic
     if config.projection:
         product = 2 * 2 * e.batch_size * e.model.embed_dim * width
         parts["projection"] = PartFlops(product, 2 * product)
+    return parts
+
+
+def _selection_flops(e: Experiment, config: SelectionConfig, width: int) -> dict[str, PartFlops]:
+    """FLOPs of the learner's scoring of a super-batch, and of the comparison of its pairs."""
+    total, widths = e.super_batch_size, []
+    parts = {}
+    if config.score != "easy_reference":
+        widths.append(e.model.embed_dim)
+        for tower, flops in zip(("vision", "text"), encode_flops(e.model), strict=True):
+            parts[f"selection/{tower}"] = PartFlops(total * flops, 0.0)
+    if config.score != "hard_learner":
+        widths.append(width)
+    # Of all pairs with the chosen ones, in both directions; losses of batches for the log.
+    passes = 2 * (1 + config.chunks if e.model.loss == "softmax" else 1) + 1
+    compared = passes * total * e.batch_size + e.batch_size**2
+    parts["selection/pairs"] = PartFlops(2.0 * compared * sum(widths), 0.0)
     return parts
 
 

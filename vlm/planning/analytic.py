@@ -15,7 +15,7 @@ from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
 from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, saved_names
 from vlm.nn.tpu_attention import LANES, LONGEST
-from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, TENSOR
+from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, SELECTION, TENSOR
 from vlm.planning.compile import PlannedSupervision, StateBytes, planned_supervision, total_bytes
 
 FLOAT32 = 4  # bytes
@@ -68,7 +68,10 @@ def analytic_memory(
         tiles += 3 * 4 * side**2
     tiles += 8 * 4 * local * e.model.embed_dim + 2 * 4 * local * extra.supervision.width
     # Pixels in float32 and in the compute dtype.
-    images = Preprocess(e.preprocess).image_bytes * (4 + 2) * rows
+    image = Preprocess(e.preprocess).image_bytes
+    images = image * (4 + 2) * rows
+    if e.selection is not None:  # a super-batch, and the exchange of its rows
+        tiles += 2 * image * e.super_batch_size / batch_ways
     return AnalyticMemory(
         state=state.parameters + state.optimizer + state.averages + state.teacher,
         gradients=state.trained,
@@ -101,11 +104,13 @@ def analytic_operations(
         if not fused_attention(e, chip, tokens, config):
             forward += config.heads * tokens * (2 * 4 + 2 * size)
         passes = 1 if e.lock == tower else (4 if e.remat == "full" else 3)
+        if e.selection is not None and e.selection.score != "easy_reference":
+            passes += e.selection.super_batch  # forward
         traffic += rows * tokens * config.depth * passes * forward
     for tokens, config in _teacher_towers(extra):
         forward = FLOAT32 * (8 * config.width + 2 * config.mlp_dim)
         forward += config.heads * tokens * 4 * FLOAT32
-        traffic += rows * tokens * config.depth * forward
+        traffic += rows * e.super_batch_size / e.batch_size * tokens * config.depth * forward
     # The update reads parameters, gradients and moments, and writes all but the gradients.
     update = 3 * state.trained + 2 * state.optimizer + 2 * state.averages
     seconds = (traffic + update * chip.devices) / chip.memory_rate
@@ -150,6 +155,9 @@ def analytic_traffic(
         if experiment.distill is not None and experiment.distill.relations:
             carried += 3 * ours + 2 * extra.supervision.width  # two trips, with the teacher's texts
         sent[LOSS_RING] = FLOAT32 * experiment.batch_size * carried * (ways - 1) / ways
+    if ways > 1 and experiment.selection is not None:
+        image = Preprocess(experiment.preprocess).image_bytes
+        sent[SELECTION] = experiment.batch_size * image * (ways - 1) / ways  # the chosen rows
     if tensor > 1:
         # Two all-reduces of activations per block and pass.
         rows, size = experiment.batch_size / ways, _itemsize(experiment)

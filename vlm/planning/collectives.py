@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm.planning.hlo import Instruction, Program
+from vlm.training.selection import SCOPE
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 # Transfers between slices, which the TPU compiler sends through the hosts.
@@ -18,7 +19,7 @@ BETWEEN_SLICES = {
     "REDUCE_SCATTER": "reduce-scatter",
 }
 
-LOSS_RING, LOSS_SUMS = "loss ring", "loss sums"
+LOSS_RING, LOSS_SUMS, SELECTION = "loss ring", "loss sums", "selection of pairs"
 GRADIENTS, FSDP = "gradient reduction", "FSDP gathers"
 TENSOR, ACTIVATIONS, NORMS = "tensor-parallel sums", "activations", "norms and metrics"
 
@@ -125,6 +126,8 @@ def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
 
 
 def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -> str:
+    if f"/{SCOPE}/" in op_name and "shard_map" in op_name:
+        return SELECTION
     if kind == "collective-permute" and "shard_map" in op_name:
         return LOSS_RING
     # The compiler merges small reductions under the name of one of them, so check shapes too.

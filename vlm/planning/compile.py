@@ -30,7 +30,12 @@ from vlm.sharding import (
 from vlm.training.objectives import HEADS, Embeddings, objective
 from vlm.training.partition import joined
 from vlm.training.step import Trainer, TrainState, batch_shapes
-from vlm.training.teacher import DescribedTeacher, StoredTeacher, supervision_of
+from vlm.training.teacher import (
+    DescribedTeacher,
+    StoredTeacher,
+    supervision_of,
+    teacher_source,
+)
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,10 @@ def planned_supervision(experiment: Experiment) -> PlannedSupervision:
     """
     e = experiment
     classes = len(classes_of(e.data).labels) if e.objective == "classification" else 0
-    if e.distill is None:
+    model, stored = teacher_source(e)
+    if not (model or stored):
         return PlannedSupervision(classes)
-    return PlannedSupervision(classes, (StoredTeacher if e.distill.stored else DescribedTeacher)(e))
+    return PlannedSupervision(classes, (StoredTeacher if stored else DescribedTeacher)(e))
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ def with_dtype(experiment: Experiment, platform: str) -> Experiment:
 
 
 def batch_of(experiment: Experiment) -> dict[str, Any]:
-    """Shapes and dtypes of a global batch."""
+    """Shapes and dtypes of a step's input: a global batch or super-batch."""
     teacher = planned_supervision(experiment).teacher
     return batch_shapes(experiment, None if teacher is None else teacher.width)
 
@@ -205,7 +211,8 @@ def slice_count(mesh: Mesh | AbstractMesh) -> int:
 
 def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
     """Temporary bytes per device of only the loss and its gradients; None if it does not fit."""
-    e, rows, replicated_sharding = experiment, batch_sharding(mesh), replicated(mesh)
+    e = dataclasses.replace(experiment, selection=None)  # of the chosen batch
+    rows, replicated_sharding = batch_sharding(mesh), replicated(mesh)
     z = jax.ShapeDtypeStruct((e.batch_size, e.model.embed_dim), jnp.float32, sharding=rows)
     text = None if e.objective == "classification" else z
     embeddings: Any = Embeddings(z, text)  # pyright: ignore[reportArgumentType] (abstract)

@@ -66,17 +66,17 @@ def needs(
     hosts = math.ceil(topology.chips / chip.box)
     steps = e.steps  # None if only the data gives the length
     if not steps and e.examples:
-        steps = math.ceil(e.examples / e.batch_size)
+        steps = math.ceil(e.examples / e.super_batch_size)
     seconds = step_seconds.scaled(steps) if steps else None
     if e.seconds:
         seconds = Range(e.seconds, e.seconds)
     hours = seconds.scaled(topology.chips / 3600) if seconds else None
-    images = step_seconds.inverse(e.batch_size / hosts)
+    images = step_seconds.inverse(e.super_batch_size / hosts)
     image = Preprocess(e.preprocess).image_bytes
-    batch = e.batch_size / hosts * (image + 4 * e.model.text.context_length)
+    batch = e.super_batch_size / hosts * (image + 4 * e.model.text.context_length)
     return Needs(
         hosts=hosts,
-        examples=steps * e.batch_size if steps else None,
+        examples=steps * e.super_batch_size if steps else None,
         seconds=seconds,
         chip_hours=hours,
         cost=hours.scaled(price) if hours and price is not None else None,

@@ -20,6 +20,7 @@ from vlm.training.bucket_sync import BucketSync
 from vlm.training.console import console, log, output_may_close
 from vlm.training.run import Run
 from vlm.training.run_callbacks import RunCallbacks
+from vlm.training.selection import ExampleCounts
 from vlm.training.step import TrainState
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
@@ -62,10 +63,13 @@ class Logs:
         self._file: IO[str] | None = None
         self._board: Any = None
         self._seconds_before = 0.0  # seconds before the run was resumed
+        self._counts: ExampleCounts | None = None  # with a selection
         if self._primary:
             rows = read_log(run)
             self._seconds_before = max((row.get("seconds", 0.0) for row in rows), default=0.0)
             self._file = _reopen(run, sync, [r for r in rows if r["step"] <= first_step])
+            if experiment.selection is not None:
+                self._counts = ExampleCounts(experiment, rows, first_step)
             self._board = summary_writer(str(sync.local / "tensorboard"), first_step)
         self._progress = Progress(
             TextColumn("[bold]{task.completed}/{task.total}"),
@@ -152,6 +156,8 @@ class Logs:
             "data_wait": (self._activity.seconds[DATA] - self._waited) / seconds,
             "seconds": self._seconds_before + time.monotonic() - self._activity.began,
         }
+        if self._counts is not None:
+            row |= self._counts.at(steps[-1])
         if self._samples is not None and self._samples.good:
             row["texts_cut"] = self._samples.texts_cut / self._samples.good  # of the run so far
         if self._flops:

@@ -210,7 +210,7 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
             experiment.data,
             trainer.preprocess,
             supervision.tokenizer,
-            batch_size=experiment.batch_size // shards,
+            batch_size=experiment.super_batch_size // shards,
             seed=experiment.seed,
             process_index=shard,
             process_count=shards,

@@ -32,7 +32,7 @@ def embeddings(
     model: DualEncoder,
     images: Float[Array, "b h w 3"] | Patches,
     tokens: Int[Array, "b n"],
-    keys: Key[Array, " b"],
+    keys: Key[Array, " b"] | None,
     names: Collection[str] = (),
 ) -> Embeddings:
     """Embed a batch; capture the activations `names`, such as "vision/blocks/output".
@@ -167,8 +167,9 @@ def cross_entropy(
 
 def check_pairs_alone(e: Experiment, subject: str) -> None:
     """Raise a ConfigError unless `e` trains two towers with only the contrastive loss."""
-    if e.objective != "contrastive" or e.distill is not None:
-        why = "distill" if e.distill is not None else f"objective {e.objective!r}"
+    parts = [name for name in ("distill", "selection") if getattr(e, name) is not None]
+    if e.objective != "contrastive" or parts:
+        why = parts[0] if parts else f"objective {e.objective!r}"
         raise ConfigError(
             f"{subject} supports only two towers with a contrastive loss, without {why}: remove it"
         )

@@ -68,6 +68,8 @@ def _devices(trainer: Trainer) -> str:
 
 def _length(e: Experiment, step: int, total: int) -> str:
     text = f"{total:,} steps of {e.batch_size:,} pairs"
+    if e.selection is not None:
+        text += f", selected from {e.super_batch_size:,}"
     if e.micro_batch_size not in (None, e.batch_size):
         text += f" in micro-batches of {e.micro_batch_size:,}"
     if step:

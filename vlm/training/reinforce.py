@@ -71,6 +71,7 @@ def reinforce(
         "teacher": teacher,
         "model": stored_facts(model),
         "log_scale": math.log(model.logit_scale),
+        "logit_bias": None if model.config.init_bias is None else model.logit_bias,
         "seed": seed,
         "variants": variants,
         "examples": len(source),

@@ -32,7 +32,7 @@ def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
     if e.epochs is not None:
         examples = int(e.epochs * count_examples(e.data))
     if examples is not None:  # earlier steps may have had another batch size
-        return max(1, batches.step + (examples - batches.samples) // e.batch_size)
+        return max(1, batches.step + (examples - batches.samples) // e.super_batch_size)
     if e.seconds is None:
         raise ConfigError("the run has no length: set one of steps, epochs, examples, seconds")
     times = step_times(trainer, batches, e.seconds / 10)

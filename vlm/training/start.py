@@ -126,7 +126,8 @@ def _with_length(
     """
     e = run.experiment
     changed = any(name in run.changes for name in LENGTHS)
-    if "batch_size" in run.changes:  # so many examples are another number of steps
+    sizes = ("batch_size", "selection", "selection.filter_ratio")
+    if any(name in run.changes for name in sizes):  # so many examples are other steps
         changed |= e.examples is not None or e.epochs is not None
     total = length_in_steps(trainer, batches) if changed else run.last_total()
     step = int(state.step)

@@ -34,10 +34,12 @@ from vlm.training.optimizer import learning_rate, make_optimizer, own_learning_r
 from vlm.training.parameter_masks import check_patterns
 from vlm.training.partition import Params, joined, partition
 from vlm.training.resolution import shrink, with_grid
+from vlm.training.selection import select_batch
 from vlm.training.teacher import AnyTeacher, DescribedTeacher, supervision_of
 
 _PROJECTIONS = 2  # folded into the seed's key
 _LOSSES = 3  # folded into a step's key, for losses of the user
+_SELECTION = 4  # folded into a step's key, for the selection of its batch
 _MASKING = 1  # folded into an example's key for its text mask: independent of the towers' keys
 
 
@@ -135,6 +137,7 @@ class Trainer:
         """Return the state after one step, and its metrics."""
         config = self.experiment.optimizer
         key = jax.random.fold_in(jax.random.key(self.experiment.seed), state.step)
+        batch, selected = self._select(state, batch, key, image_size)
         (loss, terms), grads = self._value_and_grad(state, batch, key, image_size)
 
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -162,6 +165,7 @@ class Trainer:
         metrics = {
             "loss": loss,
             **terms,
+            **selected,
             "scale": jnp.exp(model["logit_scale"]),
             "grad_norm": grad_norm,
             "finite": finite,
@@ -186,19 +190,7 @@ class Trainer:
         keys = jax.random.split(key, e.batch_size)  # of each example, for dropout and patch dropout
 
         def embed(params, batch, keys):
-            params = joined(params, state.frozen)
-            images = self.preprocess.normalize(batch["images"])
-            if size != e.model.vision.image_size:
-                images = shrink(images, size)
-                params["vision"] = with_grid(params["vision"], size // e.model.vision.patch_size)
-            if e.objective == "classification":
-                image_keys, _ = split_keys(keys)
-                return Embeddings(self._model(params).encode_image(images, keys=image_keys))
-            tokens = batch["tokens"]
-            if e.text_masking:
-                mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
-                tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
-            return embeddings(self._model(params), images, tokens, keys, e.loss_intermediates)
+            return self._embed(joined(params, state.frozen), batch, keys, size)
 
         def loss(params, *z):
             params, loss_key = joined(params, state.frozen), jax.random.fold_in(key, _LOSSES)
@@ -210,6 +202,43 @@ class Trainer:
             return whole(state.params)
         parts = split_batch((batch, keys), e.batch_size // micro)
         return cached_value_and_grad(embed, loss, has_aux=True)(state.params, *parts)
+
+    def _embed(
+        self, params: Params, batch: dict, keys: Key[Array, " b"] | None, size: int
+    ) -> Embeddings:
+        """Embed pairs with the parameters of the model; without keys, nothing is dropped."""
+        e = self.experiment
+        images = self.preprocess.normalize(batch["images"])
+        if size != e.model.vision.image_size:
+            images = shrink(images, size)
+            params["vision"] = with_grid(params["vision"], size // e.model.vision.patch_size)
+        if e.objective == "classification":
+            image_keys, _ = split_keys(keys)
+            return Embeddings(self._model(params).encode_image(images, keys=image_keys))
+        tokens, names = batch["tokens"], e.loss_intermediates
+        if keys is None:
+            names = ()
+        elif e.text_masking:
+            mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
+            tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
+        return embeddings(self._model(params), images, tokens, keys, names)
+
+    def _select(
+        self, state: TrainState, batch: dict, key: Key[Array, ""], size: int
+    ) -> tuple[dict, dict[str, Array]]:
+        """Choose the batch from a super-batch, if the experiment has a selection."""
+        e = self.experiment
+        if e.selection is None:
+            return batch, {}
+
+        def embed(part: dict) -> tuple[Array, Array]:
+            z = self._embed(joined(state.params, state.frozen), part, None, size)
+            assert z.text is not None  # the objective is contrastive
+            return z.image, z.text
+
+        key = jax.random.fold_in(key, _SELECTION)
+        params = joined(state.params, state.frozen)
+        return select_batch(e, self.mesh, self.teacher, embed, params, batch, key)
 
     def tokens_per_step(self, image_size: int) -> int:
         """Return the number of tokens that the towers process in a step, without dropped ones."""
@@ -338,10 +367,10 @@ class Trainer:
 
 
 def batch_shapes(e: Experiment, teacher_width: int | None) -> dict[str, Any]:
-    """Return shapes and dtypes of a global batch; `teacher_width` is that of its embeddings."""
+    """Return shapes and dtypes of a step's input; `teacher_width` is that of its embeddings."""
 
     def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((e.batch_size, *shape), dtype)
+        return jax.ShapeDtypeStruct((e.super_batch_size, *shape), dtype)
 
     image = Preprocess(e.preprocess).blank(1)
     batch: dict[str, Any] = {

@@ -24,7 +24,7 @@ from vlm.inputs.tokenizer import AnyTokenizer, Tokenizer, TwoTokenizers
 from vlm.training.eval_tasks import Embedder
 from vlm.training.run import Run
 from vlm.training.step import Trainer, TrainState
-from vlm.training.teacher import StoredTeacher, Teacher
+from vlm.training.teacher import StoredTeacher, Teacher, teacher_source
 from vlm.weights.bundle_format import templates_of as templates_of_model
 
 
@@ -117,10 +117,11 @@ class TrainingSupervision:
         self.teacher: Teacher | StoredTeacher | None = None
         self.tokenizer: AnyTokenizer = tokenizer  # for the batches
         self.reinforced: Reinforced | None = None
-        if e.distill is not None and e.distill.stored:
+        model, stored = teacher_source(e)
+        if stored:
             self.teacher = StoredTeacher(e)
             self.reinforced = self.teacher.embeddings
-        elif e.distill is not None:
+        elif model:
             self.teacher = Teacher(e, mesh)
             self.tokenizer = TwoTokenizers(tokenizer, self.teacher.tokenizer)
 

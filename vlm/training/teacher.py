@@ -1,4 +1,7 @@
-"""Teacher of a distillation: a frozen model that embeds every batch, or stored embeddings."""
+"""Teacher of a distillation: a frozen model that embeds every batch, or stored embeddings.
+
+It is also the reference of a selection, and then embeds every super-batch.
+"""
 
 import functools
 import math
@@ -24,6 +27,18 @@ from vlm.weights.registry import describe
 from vlm.weights.resolution import at_context_length, at_image_size
 
 
+def teacher_source(e: Experiment) -> tuple[str, str | None]:
+    """Return the model that teaches or selects, and the folder of stored embeddings in its place.
+
+    Without a teacher both are empty.
+    """
+    if e.distill is not None:
+        return e.distill.teacher, e.distill.stored
+    if e.selection is not None:
+        return e.selection.reference, e.selection.stored
+    return "", None
+
+
 class Teacher:
     """Online teacher: a frozen model on the run's mesh that embeds each batch.
 
@@ -36,14 +51,16 @@ class Teacher:
     """
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
-        config = experiment.distill
-        assert config is not None
-        model = bundle.load(config.teacher, mesh=mesh if mesh.size > 1 else None)
+        name, _ = teacher_source(experiment)
+        model = bundle.load(name, mesh=mesh if mesh.size > 1 else None)
         self.config: ModelConfig | None = model.config
         _check_towers(model.config, model.name)
         self.width, self.tokenizer = model.embed_dim, model.tokenizer
         _check(experiment, self.width, model.preprocess)
-        self.log_scale = _log_scale(experiment, math.log(model.logit_scale))
+        self.own_log_scale = math.log(model.logit_scale)
+        self.logit_bias = None if model.config.init_bias is None else model.logit_bias
+        self.log_scale = _log_scale(experiment, self.own_log_scale)
+        _check_bias(experiment, self.logit_bias)
         graph, self._state = nnx.split(model.model)
         self._program = _program(graph, model.preprocess, experiment, mesh)
 
@@ -66,12 +83,15 @@ class StoredTeacher:
     config: ModelConfig | None = None
 
     def __init__(self, experiment: Experiment):
-        assert experiment.distill is not None
-        assert experiment.distill.stored is not None
-        self.embeddings = Reinforced.open(experiment.distill.stored)
+        _, stored = teacher_source(experiment)
+        assert stored is not None
+        self.embeddings = Reinforced.open(stored)
         self.width = self.embeddings.width
         _check(experiment, self.width)
-        self.log_scale = _log_scale(experiment, self.embeddings.log_scale)
+        self.own_log_scale = self.embeddings.log_scale
+        self.logit_bias = self.embeddings.logit_bias
+        self.log_scale = _log_scale(experiment, self.own_log_scale)
+        _check_bias(experiment, self.logit_bias)
 
     def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
         """Return the batch unchanged: it has the embeddings."""
@@ -88,11 +108,11 @@ class DescribedTeacher:
         CheckpointError, ConfigError: as `Teacher`.
     """
 
-    log_scale = 0.0  # no shape depends on it
+    log_scale = own_log_scale = 0.0  # no shape depends on it
 
     def __init__(self, experiment: Experiment):
-        assert experiment.distill is not None
-        checkpoint, size, length = describe(experiment.distill.teacher)
+        name, _ = teacher_source(experiment)
+        checkpoint, size, length = describe(name)
         _check_towers(checkpoint.config, checkpoint.name)
         config, pixels = at_image_size(checkpoint.config, checkpoint.preprocess, size)
         positions = checkpoint.text_positions
@@ -100,6 +120,8 @@ class DescribedTeacher:
         self.width, self._experiment = self.config.embed_dim, experiment
         self._preprocess = Preprocess(pixels)
         _check(experiment, self.width, self._preprocess)
+        self.logit_bias = self.config.init_bias
+        _check_bias(experiment, self.logit_bias)
         self._graph, self.parameters = nnx.split(abstract_model(self.config, jnp.float32))
 
     def trace(self, mesh: Mesh) -> Any:
@@ -107,8 +129,9 @@ class DescribedTeacher:
 
         e, rows = self._experiment, batch_sharding(mesh)
         size, length = e.model.vision.image_size, self.config.text.context_length
-        images = placed(jax.ShapeDtypeStruct((e.batch_size, size, size, 3), jnp.uint8), rows)
-        tokens = placed(jax.ShapeDtypeStruct((e.batch_size, length), jnp.int32), rows)
+        count = e.super_batch_size
+        images = placed(jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8), rows)
+        tokens = placed(jax.ShapeDtypeStruct((count, length), jnp.int32), rows)
         state = jax.tree.map(
             placed, self.parameters, shardings(self.parameters, mesh, self.config.partition)
         )
@@ -127,7 +150,7 @@ def supervision_of(classes: int, teacher: AnyTeacher | None) -> Supervision:
 
 def _program(graph: Any, preprocess: Preprocess, experiment: Experiment, mesh: Mesh) -> Any:
     """Make the jitted encoder of (parameters, images, tokens), which runs in micro-batches."""
-    parts = experiment.batch_size // (experiment.micro_batch_size or experiment.batch_size)
+    parts = experiment.super_batch_size // (experiment.micro_batch_size or experiment.batch_size)
     sharding, size = batch_sharding(mesh), preprocess.config.image_size
 
     @functools.partial(jax.jit, out_shardings=(sharding, sharding))
@@ -154,19 +177,19 @@ def check_square(teacher: str, preprocess: Preprocess) -> None:
     if preprocess.config.resize == "naflex":
         raise ConfigError(
             f"the teacher {teacher!r} takes images of any aspect (NaFlex), and distillation "
-            "uses square images: choose a teacher with square images"
+            "and selection use square images: choose a teacher with square images"
         )
 
 
 def _check(e: Experiment, width: int, preprocess: Preprocess | None = None) -> None:
     """Raise a ConfigError if the teacher's inputs or width do not suit the student."""
     config, ours = e.distill, e.model.embed_dim
-    assert config is not None
+    name, stored = teacher_source(e)
     if preprocess is not None:
-        check_square(config.teacher, preprocess)
-    if config.features and width != ours and not config.projection:
+        check_square(name, preprocess)
+    if config is not None and config.features and width != ours and not config.projection:
         raise ConfigError(
-            f"the teacher {config.teacher or config.stored!r} has embeddings of {width} dimensions "
+            f"the teacher {name or stored!r} has embeddings of {width} dimensions "
             f"and the student of {ours}: set distill.projection to learn a projection between "
             "them, or distill.features to 0"
         )
@@ -180,6 +203,21 @@ def _check_towers(config: ModelConfig, name: str) -> None:
             raise ConfigError(absence(tower, getattr(config, tower), name))
 
 
+def _check_bias(e: Experiment, bias: float | None) -> None:
+    """Raise a ConfigError if a selection by the sigmoid loss has a reference without a bias."""
+    selection, (name, stored) = e.selection, teacher_source(e)
+    if selection is None or selection.score == "hard_learner" or e.model.loss != "sigmoid":
+        return
+    if bias is None:
+        raise ConfigError(
+            f"selection scores by the sigmoid loss of the model, which needs a logit bias, and the "
+            f"reference {name or stored!r} has none: choose a reference that was trained with the "
+            'sigmoid loss (stored embeddings: written by this version), or model.loss "softmax"'
+        )
+
+
 def _log_scale(e: Experiment, own: float) -> float:
-    assert e.distill is not None
-    return own if e.distill.temperature is None else -math.log(e.distill.temperature)
+    config = e.distill
+    if config is None or config.temperature is None:
+        return own
+    return -math.log(config.temperature)
