@@ -5,10 +5,12 @@ A remote path is `gs://...` or `s3://...`.
 
 import codecs
 import contextlib
+import functools
 import importlib.util
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -20,6 +22,9 @@ DRIVERS = {
     "s3": ("s3fs", "vlm-jax[s3]"),
     "az": ("adlfs", "adlfs"),
 }
+
+
+STALL = 60.0  # seconds without a byte, after which a request to a bucket fails
 
 
 def cache_dir() -> epath.Path:
@@ -55,6 +60,8 @@ def as_path(path: epath.PathLike) -> epath.Path:
     driver, package = DRIVERS.get(scheme, (None, None)) if remote else (None, None)
     if driver is not None and importlib.util.find_spec(driver) is None:
         raise ConfigError(f"{scheme}:// paths need {driver}: run pip install {package!r}")
+    if driver == "gcsfs":
+        _set_deadline()
     try:
         return epath.Path(path).expanduser()
     except KeyError:  # epath does not support the scheme
@@ -65,6 +72,24 @@ def as_path(path: epath.PathLike) -> epath.Path:
             "path of the file"
         )
     raise ConfigError(f"{path} begins with {scheme}://: give a local path, or gs:// or s3://")
+
+
+@functools.cache
+def gcs_timeout() -> Any:
+    """Return the timeouts of requests to gs:// that set none: gcsfs would wait without end."""
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
+
+
+@functools.cache
+def _set_deadline() -> None:
+    """Give requests to gs:// a deadline, unless fsspec is configured to have another."""
+    import fsspec.config
+
+    conf = fsspec.config.conf
+    if not any("requests_timeout" in conf.get(name, {}) for name in ("gs", "gcs")):
+        conf.setdefault("gs", {})["requests_timeout"] = gcs_timeout()
 
 
 def is_remote(path: epath.PathLike) -> bool:

@@ -7,13 +7,17 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from bucket import Bucket
 from PIL import Image
 
+from vlm import paths
 from vlm.config import DataConfig
 from vlm.data import remote
 from vlm.data.sources import open_source
 from vlm.data.storage import read_range
+from vlm.paths import as_path
+from vlm.weights.files import SafetensorsFile
 
 pytestmark = pytest.mark.slow
 
@@ -62,3 +66,28 @@ def test_shards_are_read_whole_and_in_time(bucket, kind, caplog):
     assert np.all([source[n]["caption"] == f"text {n}" for n in range(len(source))])
     # gcsfs repeats failed requests by itself, so those are only logged if they are slow.
     assert kind != "hang" or any("remote storage: " in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("kind", ["503", "reset", "hang", "cut"])
+def test_weights_of_a_bundle_are_read_whole_and_in_time(bucket, kind):
+    tensors = {f"layer{n}.kernel": np.full((3, n + 1), n, np.float32) for n in range(6)}
+    bucket.write(f"{kind}/model.safetensors", safetensors.numpy.save(tensors))
+    file = SafetensorsFile(f"gs://bucket/{kind}/model.safetensors")
+    requests = bucket.requests
+    for name, tensor in tensors.items():
+        bucket.fail(kind, "model.safetensors")
+        start = time.monotonic()
+        np.testing.assert_array_equal(file.read(name), tensor)
+        assert time.monotonic() - start < 15
+    assert not bucket.faults
+    assert bucket.requests - requests <= 4 * len(tensors)  # the file is not looked up again
+
+
+def test_a_bucket_path_has_a_deadline(bucket):
+    """Also requests of other libraries' kinds: gcsfs itself would wait without end."""
+    import gcsfs
+
+    as_path("gs://bucket/model")
+    assert gcsfs.GCSFileSystem().requests_timeout.sock_read == paths.STALL
+    system, _ = remote._system("gs://bucket/model", of_web=False)
+    assert system.requests_timeout.sock_read == remote.STALL

@@ -26,7 +26,7 @@ import fsspec.config
 
 from vlm.data.hub_access import SCHEME, web_address
 from vlm.errors import DataError, first_line
-from vlm.paths import DRIVERS
+from vlm.paths import DRIVERS, gcs_timeout
 
 logger = logging.getLogger(__name__)
 
@@ -288,6 +288,7 @@ def _timeouts(scheme: str) -> dict[str, Any]:
         return {}  # the driver is missing too
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
     if kind == "gs":
-        return {"requests_timeout": configured.get("requests_timeout", timeout)}
+        own = configured.get("requests_timeout", timeout)
+        return {"requests_timeout": timeout if own is gcs_timeout() else own}
     ours = {"timeout": timeout, "trust_env": True}  # as other clients, read HTTPS_PROXY
     return {"client_kwargs": ours | configured.get("client_kwargs", {})}

@@ -27,6 +27,7 @@ CHUNK = 4 << 20  # bytes of one read; large, to amortise the latency of a bucket
 READERS = 16  # I/O threads
 ATTEMPTS = 7  # per read
 BACKOFF = 0.1  # seconds before the second attempt, doubled for each later one
+_PIECE = 32 << 20  # bytes of the largest request of a file that is read by position
 GIVE_UP = 60.0  # seconds, after which no other attempt starts
 
 # Errors that are not retried.
@@ -239,19 +240,21 @@ class RemoteFile(PositionedFile):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read `size` bytes, or to the end; fewer only at the end of the file."""
-        end = self._size if size is None or size < 0 else min(self._place + size, self._size)
-        if end <= self._place:
-            return b""
-        data = read_range(self._path, self._place, end)
-        if len(data) < end - self._place:
-            raise ReadFailedError(f"it has fewer than its {self._size:,} bytes")
-        self._place = end
-        return data
+        left = max(0, self._size - self._place)
+        data = bytearray(left if size is None or size < 0 else min(size, left))
+        self.readinto(data)
+        return bytes(data)
 
     def readinto(self, buffer: Any, /) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        count = max(0, min(len(buffer), self._size - self._place))
+        for start in range(0, count, _PIECE):
+            wanted = min(_PIECE, count - start)
+            data = read_range(self._path, self._place, self._place + wanted)
+            if len(data) < wanted:
+                raise ReadFailedError(f"it has fewer than its {self._size:,} bytes")
+            buffer[start : start + wanted] = data
+            self._place += wanted
+        return count
 
 
 class SequentialFile:

@@ -21,7 +21,9 @@ from etils import epath
 from jaxtyping import Shaped
 
 from vlm._json import parse
+from vlm.data.storage import RemoteInfo, open_file, remote_info
 from vlm.errors import CheckpointError, brief
+from vlm.paths import is_remote
 
 # https://github.com/huggingface/safetensors#format
 DTYPES = {
@@ -109,7 +111,9 @@ class SafetensorsFile:
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
         self.where = os.fspath(self._path)
-        self._entries = _read_header(self._path)
+        # Remote files are read with deadlines and retries, and looked up once.
+        self._info = _look_up(self.where) if is_remote(path) else None
+        self._entries = _read_header(self._path, self._info)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Shaped[np.ndarray, "..."]:
@@ -119,18 +123,34 @@ class SafetensorsFile:
             offset += start * math.prod(shape[1:]) * dtype.itemsize
             shape = (stop - start, *shape[1:])
         size = math.prod(shape) * dtype.itemsize
-        with self._path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        try:
+            with _open(self._path, self._info) as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise CheckpointError(f"{self.where} cannot be read: {error}") from None
         if len(data) != size:
             raise CheckpointError(f"{self.where} ends inside {name}: copy or download it again")
         return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _read_header(path: epath.Path) -> dict[str, _Entry]:
+def _look_up(path: str) -> RemoteInfo:
+    try:
+        return remote_info(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {path}: the checkpoint is incomplete") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _open(path: epath.Path, info: RemoteInfo | None) -> Any:
+    return open_file(os.fspath(path), info) if info else path.open("rb")
+
+
+def _read_header(path: epath.Path, info: RemoteInfo | None) -> dict[str, _Entry]:
     """Return the tensors in a file, after checking that they fill it."""
     try:
-        with path.open("rb") as file:
+        with _open(path, info) as file:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             if length > _MAX_HEADER:
@@ -139,7 +159,7 @@ def _read_header(path: epath.Path) -> dict[str, _Entry]:
                     "a Git LFS pointer, so download it again"
                 )
             text = file.read(length)
-        total = path.stat().length
+        total = path.stat().length if info is None else info.size or 0
     except FileNotFoundError:
         raise CheckpointError(f"there is no {path}: the checkpoint is incomplete") from None
     except OSError as error:
