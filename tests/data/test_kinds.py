@@ -204,3 +204,33 @@ def test_real_workers_change_nothing(tmp_path):
     for batch in expected[3:]:
         assert_same(next(resumed), batch)
     resumed.close()
+
+
+@pytest.mark.parametrize("sizes", [(12, 6, 12), (6, 12, 6)])
+@pytest.mark.parametrize("interleave", [6, None])
+@pytest.mark.parametrize("kind", ["tar, streamed", "parquet of bytes"])
+def test_the_batch_size_of_a_stream_may_change_at_a_resume(tmp_path, kind, interleave, sizes):
+    """The readers stay those of the checkpoint, so that no example comes twice in the pass.
+
+    A batch smaller than the number of readers starts a new pass.
+    """
+    config = dataclasses.replace(
+        kinds.make(kind, tmp_path / "data"), interleave=interleave, shuffle=None
+    )
+    seen, state = [], None
+    for batch_size in sizes:
+        batches = train_batches(config, PREPROCESS, TOKENIZER, batch_size=batch_size, seed=0)
+        if state is not None:
+            too_small = len(state["lanes"]) > batch_size
+            batches.resume(state)
+            start = "starts a new pass" if too_small else "continues"
+            assert batches.position_change.startswith(f"{start} at step ")
+            if too_small:
+                assert interleave is None
+                batches.close()
+                return
+        assert batches.samples == len(seen)
+        seen += numbers_of(next(batches))
+        state = json.loads(json.dumps(batches.get_state()))
+        batches.close()
+    assert len(seen) == len(set(seen)) == sum(sizes)

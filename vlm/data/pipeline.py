@@ -3,7 +3,6 @@
 `random_access` and `interleave` make the batches; grain runs them ahead in threads or processes.
 """
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -45,7 +44,7 @@ class TrainIterator(grain.DatasetIterator):
 
     Args:
         order: the batches, from their start.
-        reopen: makes them for another seed, and for a number of lanes or None.
+        reopen: makes them for another seed, with the lanes for a global batch.
         depends: the fields that the position depends on.
         finish: applied to each batch.
     """
@@ -54,7 +53,7 @@ class TrainIterator(grain.DatasetIterator):
         self,
         order: Order,
         *,
-        reopen: Callable[[int, int | None], Order],
+        reopen: Callable[[int, int], Order],
         depends: dict[str, Any],
         prefetch: int,
         bad: BadSamples,
@@ -66,6 +65,7 @@ class TrainIterator(grain.DatasetIterator):
         self.samples = 0  # of all processes before the next batch
         self.position_change = ""  # what `resume` did about changed fields
         self._pass_step = 0  # first step of this pass over the data
+        self._planned_for = depends["batch_size"]  # the batch that a stream's lanes are chosen for
         self.description = description  # number of examples, and how they are read
         self._order, self._prefetch, self._finish = order, prefetch, finish
         self.bad = bad  # counts of bad samples and truncated texts so far
@@ -117,6 +117,7 @@ class TrainIterator(grain.DatasetIterator):
             **self._order.state(self._step),
             "samples": self.samples,
             "pass_step": self._pass_step,
+            "planned_for": self._planned_for,
             "depends": self._depends,
             "bad": gather_processes(bad),
         }
@@ -155,7 +156,8 @@ class TrainIterator(grain.DatasetIterator):
                 logger.info("the position in the data does not fit: %s", error)
         if not continued:
             self._pass_step = step
-            self._order = self._reopen(_pass_seed(self._depends["seed"], step), None)
+            self._planned_for = self._depends["batch_size"]
+            self._order = self._reopen(_pass_seed(self._depends["seed"], step), self._planned_for)
             self._order.start_at(step)
         self._step, self.samples = step, state.get("samples", step * self._depends["batch_size"])
         self.bad.restore(state.get("bad", {}) if continued else {}, step)
@@ -166,14 +168,15 @@ class TrainIterator(grain.DatasetIterator):
 
     def _continue(self, state: dict[str, Any]) -> None:
         """Restore the position of a state; DataError or ConfigError if it does not fit."""
-        pass_step, lanes = state.get("pass_step", 0), None
-        if isinstance(self._order, LaneBatches) and self._depends["data.interleave"] is None:
-            stream = self._order.stream  # the default number of lanes depends on the batch size
-            if state.get("count") != stream.lanes and not hasattr(stream, "fix_lanes"):
-                lanes = state.get("count")
-        if pass_step != self._pass_step or lanes is not None:
+        pass_step, planned = state.get("pass_step", 0), self._planned_for
+        order, before = self._order, state.get("depends", self._depends)
+        by_batch_size = isinstance(order, LaneBatches) and not hasattr(order.stream, "fix_lanes")
+        if by_batch_size and self._depends["data.interleave"] is None:
+            planned = state.get("planned_for", before.get("batch_size", planned))
+        if pass_step != self._pass_step or planned != self._planned_for:
             seed = _pass_seed(self._depends["seed"], pass_step)
-            self._order, self._pass_step = self._reopen(seed, lanes), pass_step
+            self._order, self._pass_step = self._reopen(seed, planned), pass_step
+            self._planned_for = planned
         self._order.restore(state)
 
     def start_prefetch(self) -> None:
@@ -250,14 +253,21 @@ def train_batches(
     """
     _check_sizes(batch_size, process_index, process_count)
 
-    def lane_batches(seed: int, lanes: int | None) -> LaneBatches:
+    global_batch = batch_size * process_count
+
+    def lane_batches(seed: int, planned_for: int) -> LaneBatches:
         stream = open_stream(
-            config if lanes is None else dataclasses.replace(config, interleave=lanes),
-            batch_size * process_count,
+            config,
+            planned_for,
             seed=seed,
             process_index=process_index,
             process_count=process_count,
         )
+        if global_batch % stream.lanes:
+            raise DataError(
+                f"the batch of {global_batch} is no multiple of the {stream.lanes} lanes of the "
+                "checkpoint"
+            )
         each = stream.lanes // process_count
         own = range(each * process_index, each * (process_index + 1))
         transform = ExampleTransform([config, *part_configs(config)], preprocess)
@@ -283,7 +293,7 @@ def train_batches(
                 f"{config.source} is read as a stream, of which no part can be held out: set "
                 'data.access="random", or data.hold_out to 0'
             )
-        batches, reopen = lane_batches(seed, None), lane_batches
+        batches, reopen = lane_batches(seed, global_batch), lane_batches
         stream = batches.stream
         about = f"about {stream.examples:,} examples read as a stream"
         description = getattr(stream, "description", about)
@@ -296,7 +306,7 @@ def train_batches(
         description = f"{config.train_split}: {len(source):,} examples"
         read = CachedSource(source, config, preprocess) if config.cache else source
 
-        def indexed_batches(seed: int, lanes: int | None) -> TrainBatches:
+        def indexed_batches(seed: int, planned_for: int) -> TrainBatches:
             return TrainBatches(
                 read,
                 config,
@@ -310,7 +320,7 @@ def train_batches(
                 reinforced=reinforced,
             )
 
-        batches, reopen = indexed_batches(seed, None), indexed_batches
+        batches, reopen = indexed_batches(seed, global_batch), indexed_batches
         faults, spare = getattr(source, "faults", ()), 0
         examples = len(source) + sum(fault.get("samples", 1) for fault in faults)
     bad = BadSamples(
@@ -320,7 +330,7 @@ def train_batches(
     return TrainIterator(
         batches,
         reopen=reopen,
-        depends=position_fields(config, seed, batch_size * process_count),
+        depends=position_fields(config, seed, global_batch),
         prefetch=config.prefetch,
         bad=bad,
         finish=finish,
