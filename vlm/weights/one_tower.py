@@ -41,7 +41,7 @@ from vlm.weights.vision_towers import (
 
 _TEXT = "clip_text_model"
 MODEL_TYPES = (*DEFAULTS, _TEXT)
-_SCALE = Rule("logit_scale", "logit_scale", SCALAR)
+SCALE = Rule("logit_scale", "logit_scale", SCALAR)
 
 
 def model_config(values: dict[str, Any], where: str) -> ModelConfig:
@@ -110,8 +110,8 @@ def vision_checkpoint(
         config,
         preprocess,
         no_tokenizer(),
-        _with_scale(tensors, config),
-        [_SCALE, *rules],
+        with_scale(tensors, config),
+        [SCALE, *rules],
         is_unused,
         positions,
         image_size=image_size,
@@ -136,13 +136,14 @@ def _open_text(folder: epath.Path, config: ModelConfig, tensors: Tensors) -> Che
     return huggingface.assemble(
         folder,
         config,
-        [_SCALE, *rules],
-        tensors=_with_scale(tensors, config),
+        [SCALE, *rules],
+        tensors=with_scale(tensors, config),
         preprocess=PreprocessConfig(image_size=config.vision.image_size),
         ignored=lambda name: bool(re.search(r"(^|\.)position_ids$", name)),
     )
 
 
-def _with_scale(tensors: Tensors, config: ModelConfig) -> Tensors:
+def with_scale(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Add the initial scale of the logits to tensors without one."""
     scale = np.asarray(np.log(config.init_scale), np.float32)
     return ComputedTensors(tensors, {"logit_scale": ((), lambda start, stop: scale)})

@@ -47,6 +47,7 @@ _PROCESSORS = (
     "ChineseCLIPFeatureExtractor", "SiglipImageProcessor", "Siglip2ImageProcessor",
     "Fgclip2ImageProcessor", "EfficientNetImageProcessor", "Tipsv2ImageProcessor",
     "ViTImageProcessor", "ViTFeatureExtractor", "BitImageProcessor", "DINOv3ViTImageProcessor",
+    "BlipImageProcessor", "OwlViTImageProcessor", "OwlViTFeatureExtractor",
 )  # fmt: skip
 PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
@@ -96,6 +97,7 @@ def huggingface_preprocess(
     elif _on(values, "do_normalize", not tips, where):
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
         fallback = (IMAGENET_MEAN, IMAGENET_STD) if dinov3 else fallback
+        fallback = (CLIP_MEAN, CLIP_STD) if name.startswith(("Blip", "OwlViT")) else fallback
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
         common["std"] = _deviation(values.get("image_std", fallback[1]), f"{where}: image_std")
     if naflex:
@@ -109,6 +111,7 @@ def huggingface_preprocess(
             **common,
         )
     default = 448 if tips else 346 if efficient else 224
+    default = {"Blip": 384, "OwlV": 768}.get(name[:4], default)
     size = values.get("size", default)
     square = values.get("default_to_square")
     if square is None:

@@ -12,11 +12,31 @@ from typing import Any
 from etils import epath
 
 from vlm.config import ModelConfig
-from vlm.weights import align, bert_clip, fgclip2, huggingface, one_tower, tipsv2
+from vlm.weights import (
+    align,
+    bert_clip,
+    blip,
+    clip_inside,
+    fgclip2,
+    huggingface,
+    one_tower,
+    tipsv2,
+    vision_text,
+)
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.fields import choice, read_json
 
-FAMILIES = (huggingface, bert_clip, tipsv2, align, fgclip2, one_tower)
+FAMILIES = (
+    huggingface,
+    bert_clip,
+    tipsv2,
+    align,
+    fgclip2,
+    one_tower,
+    vision_text,
+    clip_inside,
+    blip,
+)
 _READERS: dict[str, ModuleType] = {
     name: family for family in FAMILIES for name in family.MODEL_TYPES
 }

@@ -27,6 +27,11 @@ from vlm.weights.writing_tipsv2 import (
     tipsv2_tensors,
 )
 from vlm.weights.writing_tokenizer import tokenizer_files
+from vlm.weights.writing_vision_text import (
+    is_vision_text,
+    vision_text_config,
+    vision_text_tensors,
+)
 
 
 def write_huggingface(
@@ -49,6 +54,12 @@ def write_huggingface(
         values = one_tower_config(config)
         kind = values["model_type"]
         tensors = one_tower_tensors(model, kind)
+        name = one_tower_processor(preprocess.config, kind)
+        processor = _preprocess(preprocess.config, kind.removesuffix("_vision_model"), name)
+    elif is_vision_text(config):
+        values = vision_text_config(config, tokenizer)
+        kind = values["vision_config"]["model_type"]
+        tensors, settings = vision_text_tensors(model, kind), {}
         name = one_tower_processor(preprocess.config, kind)
         processor = _preprocess(preprocess.config, kind.removesuffix("_vision_model"), name)
     elif is_tipsv2(config):

@@ -1,0 +1,102 @@
+"""VisionTextDualEncoder, CLIPSeg, OWL-ViT and BLIP: what is written back, and what is refused.
+
+Their outputs are compared in test_golden.py.
+"""
+
+import json
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import vlm
+from vlm.errors import CheckpointError, ConfigError
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("hf_vt_clip_roberta", "vision-text-dual-encoder"),
+        ("hf_vt_vit_bert", "vision-text-dual-encoder"),
+        ("hf_vt_dino_clip", "vision-text-dual-encoder"),
+        ("hf_clipseg", "clip"),
+        ("hf_owlvit", "clip"),
+    ],
+)
+def test_models_are_written_back(name, written, tmp_path):
+    golden = np.load(GOLDEN / name / "outputs.npz")
+    model = vlm.load(GOLDEN / name)
+    model.save(tmp_path / "back", format="huggingface")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == written
+    again = vlm.load(tmp_path / "back")
+    pixels, texts = jnp.asarray(golden["pixels"]), golden["texts"].tolist()
+    ours, theirs = model.model.encode_image(pixels), again.model.encode_image(pixels)
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert np.array_equal(model.encode_text(texts), again.encode_text(texts))
+    assert model.logit_scale == again.logit_scale
+
+
+def test_blip_is_not_written_back(tmp_path):
+    with pytest.raises(CheckpointError, match="no place for"):
+        vlm.load(GOLDEN / "hf_blip").save(tmp_path / "x", format="huggingface")
+
+
+def changed(name, part, changes, tmp_path):
+    """A copy of a golden folder with other fields in its config.json."""
+    folder = shutil.copytree(GOLDEN / name, tmp_path / name)
+    values = json.loads((folder / "config.json").read_text())
+    (values[part] if part else values).update(changes)
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "changes", "message"),
+    [
+        ("hf_vt_vit_bert", "vision_config", {"model_type": "swin"}, "vision_config.model_type is"),
+        ("hf_vt_vit_bert", "text_config", {"model_type": "gpt2"}, "text_config.model_type is"),
+        ("hf_vt_vit_bert", "text_config", {"is_decoder": True}, "is_decoder is True"),
+        ("hf_vt_vit_bert", "text_config", {"pad_token_id": 3}, "pad_token_id is 3"),
+        ("hf_vt_clip_roberta", "text_config", {"max_position_embeddings": 2}, "no position"),
+        ("hf_vt_clip_roberta", None, {"projection_dim": 8}, "of another shape"),
+        ("hf_vt_dino_clip", "vision_config", {"use_swiglu_ffn": True}, "missing from the file"),
+        ("hf_clipseg", "text_config", {"hidden_act": "swish"}, "hidden_act is 'swish'"),
+        ("hf_owlvit", "vision_config", {"num_hidden_layers": 1}, "without a place in the model"),
+        (
+            "hf_blip",
+            None,
+            {"architectures": ["BlipForQuestionAnswering"]},
+            "vlm reads BlipForImage",
+        ),
+        ("hf_blip", "vision_config", {"num_channels": 4}, "4 channels"),
+    ],
+)
+def test_configs_that_differ_are_refused_by_name(name, part, changes, message, tmp_path):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        vlm.load(changed(name, part, changes, tmp_path))
+
+
+def test_tensors_that_differ_are_refused_by_name(tmp_path):
+    folder = shutil.copytree(GOLDEN / "hf_clipseg", tmp_path / "clipseg")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"clip.extra": np.zeros(2, np.float32)}, file)
+    with pytest.raises(CheckpointError, match=r"without a place in the model: clip\.extra"):
+        vlm.load(folder)
+    del tensors["clip.text_projection.weight"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"missing from the file: clip\.text_projection"):
+        vlm.load(folder)
+
+
+def test_a_processor_that_vlm_does_not_have_is_refused(tmp_path):
+    folder = changed("hf_owlvit", None, {"model_type": "owlv2"}, tmp_path)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_processor_type": "Owlv2ImageProcessor"}))
+    with pytest.raises(CheckpointError, match="image_processor_type is 'Owlv2ImageProcessor'"):
+        vlm.load(folder)
