@@ -154,8 +154,9 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
     samples.take(0, 8, [], texts_cut=2)
     with (
         BucketSync(whole.folder) as sync,
-        Logs(whole, sync, ActivityTimer(), first_step=0, total_steps=8, samples=samples) as logs,
+        Logs(whole, sync, ActivityTimer(), first_step=0, total_steps=8) as logs,
     ):
+        logs.set_phase(experiment, samples=samples)
         for step in (1, 2, 4, 5):
             logs.step(step, fine)
             if step == 2:

@@ -43,6 +43,8 @@ from vlm.config.module_towers import MeshAxis as MeshAxis
 from vlm.config.module_towers import TextModuleConfig as TextModuleConfig
 from vlm.config.module_towers import VisionModuleConfig as VisionModuleConfig
 from vlm.config.optimizer import OptimizerConfig as OptimizerConfig
+from vlm.config.phases import Phase as Phase
+from vlm.config.phases import in_phase as in_phase
 from vlm.config.placeholders import require_bucket as require_bucket
 from vlm.config.placeholders import with_bucket as with_bucket
 from vlm.config.placeholders import without_evals as without_evals

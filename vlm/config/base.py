@@ -139,6 +139,18 @@ class VisionTower(Config):
         check_projection(self, embed_dim)
 
 
+def json_value(value: Any) -> Any:
+    """Convert the value of a field to JSON; a dataclass as `to_dict` does."""
+    if dataclasses.is_dataclass(value):
+        name = getattr(value, "kind", None)
+        kind = {} if name is None else {"kind": name}
+        fields = dataclasses.fields(value)
+        return kind | {field.name: json_value(getattr(value, field.name)) for field in fields}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    return str(value) if isinstance(value, Code) else value
+
+
 def kept_tokens(count: int, masking: float, specials: int = 0) -> int:
     """Number of a text's `count` tokens that remain if a fraction `masking` is dropped.
 

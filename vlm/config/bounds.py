@@ -20,6 +20,8 @@ class Bounds(NamedTuple):
         return above and (value < self.high if self.open_high else value <= self.high)
 
     def __str__(self) -> str:
+        if self.open_low and self.open_high:
+            return f"above {self.low:,} and below {self.high:,}"
         if self.open_low:
             return f"above {self.low:,} and at most {self.high:,}"
         return f"from {self.low:,} to {'below ' if self.open_high else ''}{self.high:,}"
@@ -51,7 +53,7 @@ _INTEGERS = _by_field(
         Bounds(0, 4_096): ("workers", "prefetch"),
         Bounds(1, 2**31 - 1): (
             "steps", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "profile",
-            "shuffle", "max_bad_in_a_row", "max_skipped_in_a_row", "timescale",
+            "shuffle", "max_bad_in_a_row", "max_skipped_in_a_row", "timescale", "step",
         ),
         Bounds(0, 2**31 - 1): ("seed",),
         Bounds(1, 2**53): ("examples",),
@@ -73,6 +75,7 @@ _FLOATS = _by_field(
         Bounds(0, 1, open_high=True): (
             "dropout", "patch_dropout", "text_masking", "hold_out", "warmup", "b1", "b2", "ema",
         ),
+        Bounds(0, 1, open_low=True, open_high=True): ("fraction",),
         Bounds(0, 0.5): ("hue",),
         Bounds(0, 0.99): ("filter_ratio",),
         Bounds(0, 1_000): (

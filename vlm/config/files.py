@@ -1,6 +1,5 @@
 """JSON form of configs, and loading of `configs/*.py`."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -10,8 +9,7 @@ import types
 import warnings
 from typing import Any, TypeVar
 
-from vlm.config.base import Config
-from vlm.config.code import Code
+from vlm.config.base import Config, json_value
 from vlm.config.training import Experiment
 from vlm.errors import ConfigError
 
@@ -29,18 +27,6 @@ def to_dict(config: Any) -> dict[str, Any]:
         {'data': -1, 'fsdp': 4, 'tensor': 1}
     """
     return json_value(config)
-
-
-def json_value(value: Any) -> Any:
-    """Convert the value of a field to JSON; a dataclass as `to_dict` does."""
-    if dataclasses.is_dataclass(value):
-        name = getattr(value, "kind", None)
-        kind = {} if name is None else {"kind": name}
-        fields = dataclasses.fields(value)
-        return kind | {field.name: json_value(getattr(value, field.name)) for field in fields}
-    if isinstance(value, list | tuple):
-        return [json_value(item) for item in value]
-    return str(value) if isinstance(value, Code) else value
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:

@@ -11,6 +11,7 @@ from vlm.config.fine_tuning import AdapterConfig, DistillConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
 from vlm.config.model import Loss, ModelConfig
 from vlm.config.optimizer import UNSET, Converted, OptimizerConfig, Resolved, check_pattern
+from vlm.config.phases import Phase, check_phases
 from vlm.config.selection import SelectionConfig
 from vlm.config.towers import VisionTowerConfig
 from vlm.errors import ConfigError
@@ -121,6 +122,8 @@ class Experiment(Config):
         selection: Online data selection: train on a part of each super-batch, chosen by learner and
             reference (JEST, ACID). examples and epochs then count the pairs of super-batches. With
             distill, its teacher is the reference. None: train on all pairs.
+        phases: Changes of fields on the way, each from a point of the run on. On the command line
+            they are one JSON list: `--phases`.
 
     Example:
         >>> import dataclasses
@@ -183,6 +186,7 @@ class Experiment(Config):
     callbacks: tuple[ImportPath, ...] = ()
     code: tuple[tuple[str, str], ...] = ()
     selection: SelectionConfig | None = None
+    phases: tuple[Phase, ...] = ()
 
     @property
     def super_batch_size(self) -> int:
@@ -212,6 +216,8 @@ class Experiment(Config):
         self._check_own_parts()
         if self.model is not None or self.init_from is None:
             self._check_model(self.model or ModelConfig())
+        if self.phases:
+            object.__setattr__(self, "phases", check_phases(self))
 
     def _check_start(self) -> None:
         if self.init_from is None:

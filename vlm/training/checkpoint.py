@@ -5,7 +5,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -153,8 +153,13 @@ class Checkpoints:
             self.seconds = time.monotonic() - row.pop("checkpoint/began")
             self._rows.append(row | {"checkpoint/seconds": self.seconds})
 
-    def restore(self, abstract: Any, older: Any = None) -> tuple[Any, Any] | None:
+    def restore(
+        self, abstract: Any, older: Any = None, accepts: Callable[[Any], bool] = lambda _: True
+    ) -> tuple[Any, Any] | None:
         """Restore the newest readable checkpoint as (state, data_state); None if there is none.
+
+        If `accepts` is false for its data_state, as of a state of another layout, the state is not
+        read, and None in its place.
 
         `abstract` gives shapes, dtypes and shardings: a checkpoint of one mesh restores onto
         another. `older` is the same in the layout of an older version, which is restored as it
@@ -167,10 +172,10 @@ class Checkpoints:
                 message lists.
         """
         listed = broadcast_text(json.dumps(sorted(self._manager.all_steps(), reverse=True)))
-        steps: list[int] = json.loads(listed)
+        steps = [step for step in json.loads(listed) if step not in self._corrupt]
         last_error = ""
         for step in steps:
-            restored, problem = self._read(step, abstract, older)
+            restored, problem = self._read(step, abstract, older, accepts)
             problems = [json.loads(p) for p in exchange_texts(json.dumps(problem))]
             if not any(problems):
                 return restored
@@ -192,17 +197,20 @@ class Checkpoints:
         return None
 
     def _read(
-        self, step: int, abstract: Any, older: Any
+        self, step: int, abstract: Any, older: Any, accepts: Callable[[Any], bool]
     ) -> tuple[Any, tuple[str, str, bool] | None]:
         """Return (content, None), or (None, (process, reason, whether corrupt)) on failure."""
         tries = 0
         while True:
             try:
+                wanted = args.Composite(data=args.JsonRestore())
+                data = self._manager.restore(step, args=wanted)["data"]
+                if not accepts(data):
+                    return (None, data), None
                 tree = self._check_architecture(step, abstract, older)
                 arrays = args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
-                wanted = args.Composite(state=arrays, data=args.JsonRestore())
-                restored = self._manager.restore(step, args=wanted)
-                return (restored["state"], restored["data"]), None
+                restored = self._manager.restore(step, args=args.Composite(state=arrays))
+                return (restored["state"], data), None
             except CheckpointError:
                 raise
             except Exception as error:  # readers raise many types

@@ -39,6 +39,7 @@ class Evaluations:
     """
 
     def __init__(self, experiment: Experiment, trainer: Trainer, tokenizer: Tokenizer):
+        self.experiment = experiment
         embedder = Embedder(trainer)
         data, split, evals = experiment.data, experiment.data.eval_split, experiment.evals
         if experiment.eval_every == 0:
@@ -111,6 +112,7 @@ class HeldOut:
 
     def __init__(self, experiment: Experiment, embedder: Embedder, tokenizer: Tokenizer):
         self._embedder, self._data = embedder, experiment.data
+        self.decode = experiment.preprocess.decode
         self._by_head = experiment.objective == "classification"
         assert self._data.eval_split is not None
         self._source = open_source(self._data, self._data.eval_split)
@@ -172,7 +174,7 @@ def finish(
 
     Returns also all values, by their names in the log without "eval/".
     """
-    held_out, data = evaluations.held_out, run.experiment.data
+    held_out, data = evaluations.held_out, evaluations.experiment.data
     results, embedded, evidence = [], None, input_facts(bundle)
     values: dict[str, Any] = {}
     if held_out is not None:
@@ -211,7 +213,7 @@ def _write_report(run: Run, held_out: HeldOut, report: Report, state, embedded, 
     """Write the report of the held-out split, and a gallery of evenly spaced images."""
     z_image, z_captions = embedded
     scale, bias, loss = rule
-    data, captions, target = run.experiment.data, held_out.captions, held_out.target
+    data, captions, target = held_out._data, held_out.captions, held_out.target
     write_report(
         run.folder,
         history=read_log(run),
@@ -225,7 +227,7 @@ def _write_report(run: Run, held_out: HeldOut, report: Report, state, embedded, 
         logit_scale=scale,
         logit_bias=bias,
         loss=loss,
-        facts=_facts(state, run.experiment.preprocess.decode),
+        facts=_facts(state, held_out.decode),
         credits=credits,
     )
     chosen = np.linspace(0, len(target) - 1, min(SHOWN, len(target))).astype(int)

@@ -1,4 +1,4 @@
-"""History of a run: one row of `history.jsonl` for each start, with the fields that it changed."""
+"""History of a run: a row of `history.jsonl` for each start and phase, with the changed fields."""
 
 import json
 from typing import Any
@@ -22,10 +22,12 @@ def read_history(folder: epath.Path) -> list[dict[str, Any]]:
 
 
 def history_text(rows: list[dict[str, Any]]) -> str:
-    """Describe each start of a run in a line, and each change in a line below it."""
+    """Describe each start and phase of a run in a line, and each change in a line below it."""
     lines = []
     for number, row in enumerate(rows):
         verb = "resumed at" if number else "started at"
+        if "phase" in row:
+            verb = f"phase {row['phase']} from"
         lines.append(
             f"{row['time']}  {verb} step {row['step']:,} of {row['total_steps']:,} on "
             f"{row['devices']}, processes: {row['processes']}, vlm {row['vlm']}, jax {row['jax']}"

@@ -12,6 +12,7 @@ from vlm._json import to_json
 from vlm.callbacks import in_notebook
 from vlm.callbacks.tensorboard import summary_writer
 from vlm.chips import published_rate
+from vlm.config import Experiment
 from vlm.data.faults import BadSamples
 from vlm.display import clock
 from vlm.errors import TrainingError
@@ -40,25 +41,15 @@ class Logs:
         *,
         first_step: int,
         total_steps: int,
-        supervision: Supervision = PAIRS_ALONE,
-        samples: BadSamples | None = None,
         callbacks: RunCallbacks | None = None,
     ):
-        experiment = run.experiment
-        self._batch_size, self._every = experiment.batch_size, experiment.log_every
-        self._stop = experiment.optimizer.on_nonfinite == "stop"
-        self._most_skipped = experiment.optimizer.max_skipped_in_a_row
-        self._skipped = 0  # steps in a row, up to the last row
+        self._every, self._skipped = run.experiment.log_every, 0  # steps in a row
         self._first, self._total = first_step, total_steps
-        # Of the whole mesh; None with a resolution schedule, whose steps differ.
-        self._flops = (
-            None if experiment.resolution_schedule else model_flops(experiment, supervision)
-        )
         self._peak = published_rate(jax.devices())
         self._in_flight: list[tuple[int, dict[str, jax.Array]]] = []
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # for the next row
-        self._activity, self._samples, self._callbacks = activity, samples, callbacks
-        self.restart_clock()
+        self._activity, self._callbacks = activity, callbacks
+        self.set_phase(run.experiment)
         self._primary = jax.process_index() == 0
         self._file: IO[str] | None = None
         self._board: Any = None
@@ -93,6 +84,21 @@ class Logs:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+    def set_phase(
+        self,
+        e: Experiment,
+        supervision: Supervision = PAIRS_ALONE,
+        samples: BadSamples | None = None,
+        row: dict[str, int] | None = None,
+    ) -> None:
+        """Set what the steps that follow are: an experiment, and values of their rows in `row`."""
+        self._batch_size, self._samples, self._phase = e.batch_size, samples, row or {}
+        self._stop = e.optimizer.on_nonfinite == "stop"
+        self._most_skipped = e.optimizer.max_skipped_in_a_row
+        # Of the whole mesh; None with a resolution schedule, whose steps differ.
+        self._flops = None if e.resolution_schedule else model_flops(e, supervision)
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Restart the timing of steps, to leave out time that was not training."""
@@ -148,6 +154,7 @@ class Logs:
         seconds = now - self._since
         row = {
             "step": steps[-1],
+            **self._phase,
             **{k: v for k, v in values[-1].items() if k not in ("finite", "tokens")},
             # Losses are means over the steps of the row; other values are those of its last step.
             **{k: float(np.mean([v[k] for v in values])) for k in values[-1] if _is_loss(k)},

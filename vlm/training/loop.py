@@ -10,12 +10,10 @@ import jax
 
 from vlm.bundle import Bundle
 from vlm.cluster.processes import stop_all_on_failure
-from vlm.config import Experiment, require_bucket
-from vlm.data.pipeline import train_batches
-from vlm.data.sources import credits, require_source, with_own_splits
+from vlm.config import Experiment, in_phase, require_bucket
+from vlm.data.sources import require_source, with_own_splits
 from vlm.errors import ConfigError, TrainingError, brief
 from vlm.paths import keep_compiled_programs
-from vlm.sharding import batch_shard, check_batch, make_mesh
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.console import as_text, log
@@ -26,19 +24,20 @@ from vlm.training.custom_parts import (
     with_parts,
     without_lost_callbacks,
 )
-from vlm.training.evals import Evaluations, finish
+from vlm.training.evals import finish
 from vlm.training.init_from import resolve
 from vlm.training.interrupt import Interrupted
 from vlm.training.logs import Logs, StepProfiler
 from vlm.training.opening_report import report_start
+from vlm.training.phases import RunPhases
 from vlm.training.resolution import image_size_at
 from vlm.training.result import TrainingResult
 from vlm.training.run import Run
 from vlm.training.run_callbacks import RunCallbacks
 from vlm.training.schedule import CheckpointSchedule, Length, is_scheduled, length_in_steps
-from vlm.training.start import open_tokenizer, start
+from vlm.training.start import open_tokenizer
 from vlm.training.step import Trainer, TrainState
-from vlm.training.supervision import TrainingSupervision, with_templates
+from vlm.training.supervision import with_templates
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
 
@@ -114,7 +113,8 @@ class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
     arrays on the device. Leaving the `with` block saves a checkpoint and ends the run.
 
     Attributes:
-        trainer: the compiled step and the shardings of the state, once the loop has begun.
+        trainer: the compiled step and the shardings of the state, once the loop has begun; each
+            phase has its own.
         result: the run, once the loop is over; before, None.
 
     Example:
@@ -137,7 +137,7 @@ class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
 
     @property
     def trainer(self) -> Trainer:
-        return self._run.trainer
+        return self._run.phases.trainer
 
     @property
     def result(self) -> TrainingResult | None:
@@ -164,14 +164,13 @@ class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
 
         It shares memory with the state, and is valid until the next step.
         """
-        return self._run.evaluations.bundle(state)
+        return self._run.phases.evaluations.bundle(state)
 
 
 class _Progress:
     """What `steps` shows of a run. The generator holds this and not `steps`, which can end it."""
 
-    trainer: Trainer
-    evaluations: Evaluations
+    phases: RunPhases
     result: TrainingResult | None = None
 
 
@@ -195,45 +194,22 @@ def _train(
 def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -> Generated:
     experiment = run.experiment
     with run.starting(), timed("opening the data"):
-        mesh = make_mesh(experiment.mesh)
-        check_batch(experiment.batch_size, mesh)
-        micro_batch_size = experiment.micro_batch_size or experiment.batch_size
-        check_batch(micro_batch_size, mesh, "micro_batch_size")
-
         tokenizer = open_tokenizer(run)
-        supervision = TrainingSupervision(experiment, mesh, tokenizer)
-        trainer = progress.trainer = Trainer(
-            experiment, mesh, tokenizer.config, supervision.class_count, supervision.teacher
-        )
-        shard, shards = batch_shard(mesh)
-        batches = train_batches(
-            experiment.data,
-            trainer.preprocess,
-            supervision.tokenizer,
-            batch_size=experiment.super_batch_size // shards,
-            seed=experiment.seed,
-            process_index=shard,
-            process_count=shards,
-            run_folder=run.folder,
-            reinforced=supervision.reinforced,
-            finish=supervision.add_targets,
-        )
-        evaluations = progress.evaluations = Evaluations(experiment, trainer, tokenizer)
+        phases = progress.phases = RunPhases(run, tokenizer)
         callbacks = RunCallbacks(run)
 
     with BucketSync(run.folder) as bucket_sync, callbacks:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(batches))
+            stack.enter_context(contextlib.closing(phases))
             checkpoints = stack.enter_context(
                 Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
             )
             with run.starting(), timed("making the state"):
-                state = start(run, trainer, batches, checkpoints, supervision.classes, length)
+                state = phases.start(checkpoints, length)
                 step, total = int(state.step), int(state.total_steps)
-                trainer.check_losses(state, image_size_at(experiment, step, total))
-            run.record_start(step, total, batches.position_change)
+            run.record_start(step, total, phases.batches.position_change)
             checkpoint_schedule = CheckpointSchedule(experiment, step, total)
-            report_start(run, trainer, state, batches, evaluations)
+            report_start(run, phases, state)
 
             interrupted = stack.enter_context(Interrupted())
             with run.starting():
@@ -244,24 +220,27 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                 timed,
                 first_step=step,
                 total_steps=total,
-                supervision=trainer.supervision,
-                samples=batches.bad,
                 callbacks=callbacks,
             )
             stack.enter_context(logs)
             profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
 
+            def log_phase() -> None:
+                supervision, samples = phases.trainer.supervision, phases.batches.bad
+                logs.set_phase(phases.experiment, supervision, samples, phases.log_row())
+
             def save() -> None:
                 logs.flush()
                 with timed("writing a checkpoint"):
                     bucket_sync.copy()  # a run resumed from here has its log up to here
-                    checkpoints.save(step, trainer.checkpoint_state(state), batches.get_state())
+                    saved = phases.trainer.checkpoint_state(state)
+                    checkpoints.save(step, saved, phases.data_state())
 
             def evaluate() -> None:
                 logs.flush()
                 with timed("evaluating"):
                     try:
-                        metrics = evaluations.metrics(state)
+                        metrics = phases.evaluations.metrics(state)
                     except TrainingError:  # of an evaluation of the user
                         save()
                         raise
@@ -269,23 +248,31 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                 logs.restart_clock()
 
             closed = False
-            if evaluations and step == 0 and experiment.init_from is not None:
+            log_phase()
+            if phases.evaluations and step == 0 and experiment.init_from is not None:
                 evaluate()  # baseline before training
             while step < total and not interrupted.at(step):
+                while phases.begins_next(step):
+                    logs.flush()
+                    with timed("changing the phase"):
+                        state = phases.begin_next(state)
+                    log_phase()
                 profiler.before(step, state)
                 with timed(DATA):
-                    batch = trainer.place(next(batches))
+                    batch = phases.trainer.place(next(phases.batches))
                 with timed(STEP):
-                    train_step = trainer.step_at(image_size_at(experiment, step, total))
-                    state, metrics = train_step(state, batch)
+                    image_size = image_size_at(phases.experiment, step, total)
+                    state, metrics = phases.trainer.step_at(image_size)(state, batch)
                 step += 1
                 with timed(DEVICE):
                     logs.step(step, metrics)
 
-                if evaluations and is_scheduled(step, total, experiment.eval_every):
+                ends = step == phases.end
+                evaluates = is_scheduled(step, total, experiment.eval_every)
+                if phases.evaluations and (evaluates or (ends and experiment.eval_every)):
                     evaluate()
                 logs.write(*checkpoints.finished())
-                if checkpoint_schedule.is_scheduled(step, checkpoints.writing):
+                if checkpoint_schedule.is_scheduled(step, checkpoints.writing) or ends:
                     save()
                 timed.step = step
                 if not closed:
@@ -301,14 +288,14 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
             own: dict[str, float] = {}
             if step == total:
                 with timed("evaluating"):
-                    own = evaluations.own_metrics(state)
+                    own = phases.evaluations.own_metrics(state)
                 if own:
                     logs.write({"step": step} | {f"eval/{k}": v for k, v in own.items()})
             with timed("waiting for the last checkpoint"):
                 checkpoints.wait()
                 logs.write(*checkpoints.finished())
         log.info(timed.summary())
-        if bad_samples := batches.bad.report():
+        if bad_samples := phases.batches.bad.report():
             log.warning(bad_samples)
         results: dict[str, float] = {}
         if step < total:
@@ -316,10 +303,10 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
         else:
             _check_skipped(int(state.skipped), total)
             with timed("writing the bundle"):
-                bundle = run.export(trainer, state, tokenizer)
-                supervision.save_head(run, trainer, state)
+                bundle = run.export(phases.trainer, state, tokenizer)
+                phases.supervision.save_head(run, phases.trainer, state)
             with timed("evaluating"):
-                results = _evaluate_at_the_end(run, evaluations, state, bundle) | own
+                results = _evaluate_at_the_end(run, phases, state, bundle) | own
         callbacks.end(results, finished=step == total)
         progress.result = TrainingResult(run.folder, step, total, results)
         callbacks.check()
@@ -335,7 +322,10 @@ def _open(
         experiment = _with_splits(with_parts(experiment, **parts))
         require_bucket(experiment)
         require_source(experiment.data)
-        return Run.create(with_code_hashes(with_templates(resolve(experiment))))
+        experiment = resolve(experiment)
+        for number in range(1, len(experiment.phases) + 1):
+            require_source(in_phase(experiment, number).data)
+        return Run.create(with_code_hashes(with_templates(experiment)))
 
     def change(before: Experiment) -> Experiment:
         changed = without_lost_callbacks(with_parts(experiment or before, **parts))
@@ -355,12 +345,13 @@ def _with_splits(experiment: Experiment) -> Experiment:
 
 
 def _evaluate_at_the_end(
-    run: Run, evaluations: Evaluations, state: TrainState, bundle: Bundle
+    run: Run, phases: RunPhases, state: TrainState, bundle: Bundle
 ) -> dict[str, float]:
     """Write and log the report of a finished run; return its metrics."""
+    evaluations = phases.evaluations
     if not evaluations:
         return {}
-    report, results = finish(run, evaluations, state, bundle, credits(run.experiment.data))
+    report, results = finish(run, evaluations, state, bundle, phases.credits())
     if report.results:  # none if all evaluations are the user's
         log.info(as_text(report))
     if evaluations.held_out is not None:

@@ -7,27 +7,28 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm.config import Experiment
-from vlm.data.pipeline import TrainIterator
 from vlm.display import listed
 from vlm.sharding import placement_rows
 from vlm.training.console import as_text, log
-from vlm.training.evals import Evaluations
+from vlm.training.phases import RunPhases
 from vlm.training.run import Run
 from vlm.training.step import Trainer, TrainState
 
 
-def report_start(
-    run: Run, trainer: Trainer, state: TrainState, batches: TrainIterator, evals: Evaluations
-) -> None:
+def report_start(run: Run, phases: RunPhases, state: TrainState) -> None:
     """Log what the run trains on, what it trains, where and for how long."""
-    e, step = run.experiment, int(state.step)
+    e, step, total = phases.experiment, int(state.step), int(state.total_steps)
+    trainer, batches = phases.trainer, phases.batches
+    changes = "\n".join(phases.rows(total, step))
     rows = {
         "run folder": str(run.folder),
         "data": f"{e.data.source or 'a mixture'}, {batches.description}",
         "model": _model(e, state),
         "devices": _devices(trainer),
-        "length": _length(e, step, int(state.total_steps)),
-        "evaluation": evals.description,
+        "length": _length(e, step, total),
+        **({"phase": f"{phases.number} of {phases.count}"} if phases.count else {}),
+        **({"later phases": changes} if changes else {}),
+        "evaluation": phases.evaluations.description,
         "next": "compiling the first step (a minute or so); then the time left is shown",
     }
     table = Table.grid(padding=(0, 2))

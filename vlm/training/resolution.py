@@ -37,9 +37,19 @@ def with_grid(vision: Params, grid: int) -> Params:
     do not change. Gradients flow back to the embeddings of the full grid.
     """
     position = vision["position"]
-    full = int(len(position) ** 0.5)
-    first = len(position) - full**2
-    table = position[first:].reshape(full, full, -1)
-    table = jax.image.resize(table, (grid, grid, table.shape[-1]), "bicubic")
-    table = table.reshape(grid**2, -1)
-    return {**vision, "position": jnp.concatenate([position[:first], table])}
+    first = len(position) - int(len(position) ** 0.5) ** 2
+    return {**vision, "position": resampled(position, first + grid**2)}
+
+
+def resampled(
+    table: Float[Array, "n d"], rows: int, method: str = "bicubic"
+) -> Float[Array, "rows d"]:
+    """Resample a table of position embeddings to another number of rows.
+
+    Rows before the square grid do not change.
+    """
+    full, grid = int(len(table) ** 0.5), int(rows**0.5)
+    first = len(table) - full**2
+    grids = table[first:].reshape(full, full, -1)
+    grids = jax.image.resize(grids, (grid, grid, grids.shape[-1]), method)
+    return jnp.concatenate([table[:first], grids.reshape(grid**2, -1)])

@@ -40,8 +40,9 @@ class Run:
         self.checkpoints, self.tokenizer = folder / "checkpoints", folder / "tokenizer"
         self.log, self.results = folder / "log.jsonl", folder / "results.json"
         self.bundle, self.classifier = folder / "bundle", folder / zero_shot.FILE
-        # [before, now] of each field that a resumed run changes
+        # [before, now] of each field that a resumed run changes, and its experiment before
         self.changes: dict[str, list[Any]] = {}
+        self.before = experiment
         self._existing: set[str] | None = None  # names in a new run's folder before the run
 
     @classmethod
@@ -85,7 +86,7 @@ class Run:
         folder = as_path(folder)
         before = experiment_in(folder)
         run = cls(folder, resumed_experiment(change(before), before), resumed=True)
-        run.changes = check_changes(before, run.experiment)
+        run.changes, run.before = check_changes(before, run.experiment), before
         check_same_everywhere(run.experiment, resumed=True)
         check_folder(folder)
         return run
@@ -99,11 +100,24 @@ class Run:
             return
         if self.changes:
             self._write(self.config, json.dumps(to_dict(self.experiment), indent=2))
+        self._add_to_history(step, total, self.changes, data)
+
+    def record_phase(
+        self, number: int, step: int, total: int, changes: dict[str, list[Any]], data: str
+    ) -> None:
+        """Append a line to the history: the begin of a phase, with its changed fields."""
+        if jax.process_index() == 0:
+            self._add_to_history(step, total, changes, data, phase=number)
+
+    def _add_to_history(
+        self, step: int, total: int, changes: dict[str, list[Any]], data: str, **more: Any
+    ) -> None:
         row = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **more,
             "step": step,
             "total_steps": total,
-            "changes": self.changes,
+            "changes": changes,
             **({"data": data} if data else {}),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(),
@@ -174,7 +188,7 @@ class Run:
 
     def export(self, trainer: Trainer, state: TrainState, tokenizer: Tokenizer) -> Bundle:
         """Write and return the trained model as a bundle; in an adapter run, only the adapter."""
-        e = self.experiment
+        e = trainer.experiment
         origin = None if e.adapter is None else AdapterOrigin(e.adapter, *self.base())
         bundle = Bundle(
             trainer.model(state),

@@ -1,6 +1,7 @@
 """Convert the run length to steps; schedule evaluations and checkpoints."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm.cluster.processes import broadcast_text
-from vlm.config import Experiment
+from vlm.config import DataConfig, Experiment, in_phase
 from vlm.data.pipeline import TrainIterator, count_examples
 from vlm.errors import ConfigError
 from vlm.training.step import Trainer
@@ -16,11 +17,14 @@ from vlm.training.step import Trainer
 Length = Callable[[Trainer, TrainIterator], int]  # chooses the number of steps of a run
 
 
-def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
+def length_in_steps(
+    trainer: Trainer, batches: TrainIterator, data: DataConfig | None = None
+) -> int:
     """Return the run's length in steps, from its steps, examples, epochs or seconds.
 
-    Seconds are converted with the step time measured at the start. A resumed run keeps that number
-    of steps. Compilation and evaluation take additional time.
+    Epochs are of `data`, by default that of the trainer's experiment. Seconds are converted with
+    the step time measured at the start. A resumed run keeps that number of steps. Compilation and
+    evaluation take additional time.
 
     Raises:
         ConfigError: the experiment gives no length.
@@ -30,13 +34,73 @@ def length_in_steps(trainer: Trainer, batches: TrainIterator) -> int:
         return e.steps
     examples = e.examples
     if e.epochs is not None:
-        examples = int(e.epochs * count_examples(e.data))
+        examples = int(e.epochs * count_examples(data or e.data))
     if examples is not None:  # earlier steps may have had another batch size
-        return max(1, batches.step + (examples - batches.samples) // e.super_batch_size)
+        return max(1, _steps_to(examples, e, batches.step, batches.samples))
     if e.seconds is None:
         raise ConfigError("the run has no length: set one of steps, epochs, examples, seconds")
     times = step_times(trainer, batches, e.seconds / 10)
     return max(1, int(e.seconds / max(times)))
+
+
+def phase_starts(experiment: Experiment, total: int, step: int = 0, samples: int = 0) -> list[int]:
+    """Return the step at which each of `experiment.phases` begins.
+
+    Args:
+        experiment: that of the current phase, with the phases after it.
+        total: length of the run in steps.
+        step: step of the run, which no phase begins before.
+        samples: pairs seen before that step.
+    """
+    starts = []
+    for number, phase in enumerate(experiment.phases):
+        batch_size = in_phase(experiment, number).super_batch_size
+        if phase.step is not None:
+            start = phase.step
+        elif phase.fraction is not None:
+            start = round(phase.fraction * total)
+        else:
+            assert phase.examples is not None
+            start = step + math.ceil((phase.examples - samples) / batch_size)
+        starts.append(start := max(start, step))
+        samples, step = samples + (start - step) * batch_size, start
+    return starts
+
+
+def check_starts(experiment: Experiment, starts: list[int], total: int, step: int) -> None:
+    """Raise a ConfigError unless the phases begin one after the other within the run."""
+    before = 0
+    for phase, start in zip(experiment.phases, starts, strict=True):
+        if start >= total:
+            raise ConfigError(
+                f"the phase of {phase.begin} ({phase.description()}) begins at step {start:,}, and "
+                f"the run has {total:,} steps: make the run longer, or the phase earlier"
+            )
+        if start == before and start != (step or None):  # a resumed run catches up with its phases
+            raise ConfigError(
+                f"the phase of {phase.begin} ({phase.description()}) begins at step {start:,}, "
+                "where the one before it begins: leave out one of them, or make the run longer"
+            )
+        before = start
+
+
+def _steps_to(examples: int, e: Experiment, step: int, samples: int) -> int:
+    """Return the most steps of a run that sees at most so many pairs."""
+
+    def seen(total: int) -> int:
+        place, count = step, samples
+        for number, end in enumerate([*phase_starts(e, total, step, samples), total]):
+            place, more = max(place, min(end, total)), max(0, min(end, total) - place)
+            count += more * in_phase(e, number).super_batch_size
+        return count
+
+    if not e.phases:
+        return step + (examples - samples) // e.super_batch_size
+    low, high = step, step + max(0, examples - samples)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if seen(middle) <= examples else (low, middle - 1)
+    return low
 
 
 def step_times(

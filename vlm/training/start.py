@@ -54,6 +54,14 @@ def _check_vocabulary(run: Run, tokenizer: Tokenizer) -> None:
         )
 
 
+class OtherPhase(Exception):
+    """The newest checkpoint is of a phase that began at the last of the steps `starts`."""
+
+    def __init__(self, starts: list[int]):
+        super().__init__(f"the checkpoint is of phase {len(starts)}")
+        self.starts = starts
+
+
 def start(
     run: Run,
     trainer: Trainer,
@@ -61,15 +69,25 @@ def start(
     checkpoints: Checkpoints,
     classes: Classes | None = None,
     length: Length = length_in_steps,
-) -> TrainState:
-    """Restore the state of the newest checkpoint, or initialise a new one of `length` steps."""
+    phase: int = 0,
+) -> tuple[TrainState, list[int]]:
+    """Restore the state of the newest checkpoint, or initialise a new one of `length` steps.
+
+    Returns it with the first steps of the phases that have begun: as many as `phase`, that of the
+    trainer and the batches.
+
+    Raises:
+        OtherPhase: the newest checkpoint is of another phase.
+    """
     abstract = jax.tree.map(placed, trainer.abstract_state, trainer.state_shardings)
     e = trainer.experiment
     saved = trainer.checkpoint_state(abstract)
     older = dataclasses.replace(saved, opt_state=abstract.opt_state)
-    restored = checkpoints.restore(saved, older)
+    restored = checkpoints.restore(saved, older, lambda data: len(phase_starts_of(data)) == phase)
     if restored is not None:
         state, data_state = restored
+        if state is None:
+            raise OtherPhase(phase_starts_of(data_state))
         if isinstance(state.opt_state, dict):
             state = trainer.from_checkpoint(state)
         if e.adapter is not None:
@@ -78,7 +96,9 @@ def start(
             assert classes is not None
             run.check_classes(classes.names)
         _resume_data(run, batches, data_state)
-        return _with_length(run, trainer, batches, state)
+        return _with_length(run, trainer, batches, state), phase_starts_of(data_state)
+    if phase:  # its checkpoint was deleted
+        raise OtherPhase([])
     if run.resumed:
         log.info("the run has no checkpoint yet: it starts from step 0")
     if e.adapter is not None and e.init_from is None:
@@ -97,7 +117,12 @@ def start(
         assert classes is not None
         run.record_classes(classes.names)
         state = with_head(trainer, state, classes.embed(trainer, state))
-    return state
+    return state, []
+
+
+def phase_starts_of(data_state: dict[str, Any]) -> list[int]:
+    """Return the first steps of the phases that had begun when a checkpoint was written."""
+    return data_state.get("phase_starts", [])
 
 
 def _resume_data(run: Run, batches: TrainIterator, data_state: dict[str, Any]) -> None:
@@ -126,10 +151,10 @@ def _with_length(
     """
     e = run.experiment
     changed = any(name in run.changes for name in LENGTHS)
-    sizes = ("batch_size", "selection", "selection.filter_ratio")
-    if any(name in run.changes for name in sizes):  # so many examples are other steps
+    sizes = ("batch_size", "selection", "phases")
+    if any(name.startswith(sizes) for name in run.changes):  # so many examples are other steps
         changed |= e.examples is not None or e.epochs is not None
-    total = length_in_steps(trainer, batches) if changed else run.last_total()
+    total = length_in_steps(trainer, batches, e.data) if changed else run.last_total()
     step = int(state.step)
     if total is None or total == int(state.total_steps):
         return state

@@ -91,6 +91,8 @@ class Trainer:
         self.rules = rules or experiment.tokenizer  # ids of padding, begin and end tokens
         self.classes = classes  # of the classification head
         self.teacher = teacher
+        # First step of the learning rate schedule, and the step at its end (None: of the run).
+        self.schedule_span: tuple[int, int | None] = (0, None)
         self.preprocess = Preprocess(experiment.preprocess)
         self.optimizer = make_optimizer(experiment.optimizer)
         model = nnx.eval_shape(self._build)
@@ -141,8 +143,9 @@ class Trainer:
         (loss, terms), grads = self._value_and_grad(state, batch, key, image_size)
 
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        progress = state.step / state.total_steps
-        rate = learning_rate(config, progress, state.total_steps)
+        first, end = self.schedule_span
+        steps = (state.total_steps if end is None else end) - first
+        rate = learning_rate(config, (state.step - first) / steps, steps)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         if config.max_scale is not None and "logit_scale" in params:
             # A scale that starts above the limit is not clipped, but cannot rise.

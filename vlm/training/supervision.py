@@ -95,7 +95,7 @@ class Classes:
 
     def save(self, run: Run, trainer: Trainer, state: TrainState) -> None:
         """Write the head, or the classes' prompts, beside the bundle for `vlm classify`."""
-        by_head = run.experiment.objective == "classification"
+        by_head = trainer.experiment.objective == "classification"
         kernel = Embedder(trainer).classes(state) if by_head else self.embed(trainer, state)
         if jax.process_index() == 0:
             classifier = ZeroShotClassifier.of_embeddings(load(run.bundle), self.prompts, kernel)
