@@ -51,9 +51,13 @@ def show(
     limit: int = 1000,
     thumbnails: int = 60,
     batch_size: int | None = None,
+    weight_column: str | None = None,
     json: options.Json = False,
 ) -> None:
     """Print statistics of a data set, and write a page of images with their captions.
+
+    Of a config file (.py or .json) whose data is a mixture, it prints the fraction of the samples
+    from each part.
 
     Examples:
       vlm data show openmoji
@@ -67,10 +71,12 @@ def show(
         thumbnails: number of images on the page.
         batch_size: of data that training reads as a stream: measure the distinct classes or
             captions in batches of this size. None: 1,024, and not for remote data.
+        weight_column: show how often examples are drawn with these weights: see
+            data.weight_column.
     """
     from vlm.cli.terminal import print_status, progress
     from vlm.config import PreprocessConfig
-    from vlm.data.dataset_stats import dataset_stats, stream_mixing
+    from vlm.data.dataset_stats import dataset_stats, stream_mixing, weights_description
     from vlm.inputs.preprocess import Preprocess
     from vlm.paths import is_remote
     from vlm.weights.vocabularies import clip_tokenizer
@@ -79,8 +85,10 @@ def show(
         raise UsageError(f"--limit {limit} reads nothing: give at least 1")
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is empty: give at least 1")
+    if source.endswith((".py", ".json")) and (mixture := _mixture_of(source)) is not None:
+        return _show_shares(mixture, batch_size or 1024, json)
     fields = {"image": image, "captions": captions, "label": label, "data_dir": data_dir}
-    config = _config(source, split, **fields)
+    config = _config(source, split, weight_column=weight_column, **fields)
     stats = dataset_stats(
         config,
         split,
@@ -96,6 +104,8 @@ def show(
             batch_size or 1024,
             lambda items, total: progress(items, "measuring the mixing", total),
         )
+    if weight_column is not None:
+        stats.weights = weights_description(config)
     figures = stats.summary()
     if out:
         with open(out, "w", encoding="utf-8") as f:
@@ -106,6 +116,44 @@ def show(
         return
     for name, value in _rows(stats, figures):
         print(f"{name:<22}{value}")
+
+
+def _mixture_of(file: str) -> Any:
+    """Return the data of a config file if it is a mixture; None for a table (.json) or no mixture.
+
+    Raises:
+        UsageError: the data of a Python config is no mixture.
+    """
+    from vlm.config import load_config
+    from vlm.errors import ConfigError
+
+    try:
+        data = load_config(file).data
+    except ConfigError:
+        if file.endswith(".json"):
+            return None
+        raise
+    if not data.mixture:
+        raise UsageError(f"the data of {file} is no mixture: give its source, {data.source}")
+    return data
+
+
+def _show_shares(config: Any, batch_size: int, json: bool) -> None:
+    """Print the fraction of the samples from each part of a mixture."""
+    from vlm.data.mixture import Mixture
+    from vlm.data.sources import open_stream
+
+    mixture = open_stream(config, batch_size, seed=0, process_index=0, process_count=1)
+    assert isinstance(mixture, Mixture)
+    rows = [
+        {"source": str(of.source), "share": float(share), "examples": part.examples}
+        for of, share, part in zip(config.mixture, mixture.shares, mixture.parts, strict=True)
+    ]
+    if json:
+        print(jsonlib.dumps(rows))
+        return
+    for row in rows:
+        print(f"{row['share']:>6.1%} of the samples  {row['examples']:,} examples  {row['source']}")
 
 
 def prepare(
@@ -299,6 +347,7 @@ def _rows(stats: Any, figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("bytes an image", spread("file_bytes")),
         ("duplicates", f"{stats.duplicates:,}"),
         *([("mixing", _mixing(stats.mixing))] if stats.mixing else []),
+        *([("weights", stats.weights)] if stats.weights else []),
         ("bad", bad),
     ]
 

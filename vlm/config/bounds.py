@@ -85,8 +85,8 @@ _FLOATS = _by_field(
         Bounds(0, 1_000, open_low=True): ("std", "aspect"),
         Bounds(0, 1e9): ("alpha", "weight", "caption_weights", "task", "relations", "features"),
         Bounds(0, 1e9, open_low=True): (
-            "init_scale", "epochs", "temperature", "eps", "clip_norm", "max_scale", "seconds",
-            "checkpoint_minutes", "keep_hours",
+            "init_scale", "epochs", "temperature", "mixture_temperature", "eps", "clip_norm",
+            "max_scale", "seconds", "checkpoint_minutes", "keep_hours",
         ),
         Bounds(-1e300, 1e300): ("at_least", "at_most", "options"),
     }

@@ -115,6 +115,8 @@ class MixturePart(Config):
         filters: Train on the examples of this part that pass all of these filters.
         access: How its examples are read: see `DataConfig.access`.
         data_dir: Where its prepared data lies.
+        weight_column: Feature with the weight of each of its examples: see
+            `DataConfig.weight_column`.
 
     Example:
         >>> from vlm.config import MixturePart
@@ -137,6 +139,7 @@ class MixturePart(Config):
     filters: tuple[FieldFilter, ...] | None = None
     access: Literal["auto", "random", "stream"] | None = None
     data_dir: str | None = None
+    weight_column: str | None = None
 
     def check(self):
         _check_texts(self)
@@ -191,6 +194,12 @@ class DataConfig(Config):
         max_bad_in_a_row: Stop the run if this many samples in a row are broken.
         hold_out: Fraction of the training split to use as the eval split, if the source has no such
             split. It is taken from each class of `label`, and is the same in every run.
+        mixture_temperature: Weight of each part of the mixture by its size, in place of weights:
+            proportional to examples ** (1 / temperature). 1: in proportion to the sizes; larger
+            values give small parts more (arXiv:1907.05019). None: the weights of the parts.
+        weight_column: Feature with a number for each training example, such as a score: the
+            example is drawn in proportion to it, and never at 0. An epoch keeps its length. It
+            needs random access. None: each example once an epoch.
 
     Example:
         >>> vlm.DataConfig(source="photos/", workers=8).workers
@@ -219,6 +228,8 @@ class DataConfig(Config):
     max_bad_share: float = 0.05
     max_bad_in_a_row: int = 256
     hold_out: float = 0.0
+    mixture_temperature: float | None = None
+    weight_column: str | None = None
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -240,6 +251,13 @@ class DataConfig(Config):
             )
         if self.access == "random" and not self.mixture:
             self.refuse_unused('set access to "auto" or "stream"', "interleave", "shuffle")
+        if not self.mixture:
+            self.refuse_unused("set mixture, whose parts it weights", "mixture_temperature")
+        if self.mixture_temperature is not None:
+            for part in self.mixture:
+                part.refuse_unused(
+                    "data.mixture_temperature sets the weights: leave it out", "weight", "epochs"
+                )
         if self.cache and self.workers:
             raise ConfigError(
                 f"DataConfig.cache keeps images in this process, and workers {self.workers} "

@@ -117,16 +117,16 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
     "DataConfig": _all(
         FREE,
         "eval_split caption_weights class_names templates augment cache workers prefetch "
-        "max_bad_share max_bad_in_a_row",
+        "max_bad_share max_bad_in_a_row mixture_temperature",
     )
     | _all(
         DATA, "source train_split image captions label filters data_dir access interleave mixture"
     )
-    | {"shuffle": NEW_PASS, "hold_out": Effect.HELD_OUT},
+    | {"shuffle": NEW_PASS, "weight_column": NEW_PASS, "hold_out": Effect.HELD_OUT},
     "MixturePart": _all(
         FREE, "weight epochs examples caption_weights class_names templates"
     )
-    | _all(DATA, "source train_split image captions label filters access data_dir"),
+    | _all(DATA, "source train_split image captions label filters access data_dir weight_column"),
     "FieldFilter": _all(DATA, "feature at_least at_most one_of"),
     "AugmentConfig": _all(
         FREE, "crop aspect jitter hue flip randaugment grey blur solarise morphology draft"

@@ -20,9 +20,10 @@ from vlm.data.examples import Example, captions_of, scan
 from vlm.data.faults import BadSample
 from vlm.data.mixing import MixingResult, group_of, measure
 from vlm.data.shards import Shards
-from vlm.data.sources import has_shards, open_source, open_stream
+from vlm.data.sources import has_shards, open_source, open_stream, streams
 from vlm.data.storage import READERS
 from vlm.data.transform_example import open_image_of
+from vlm.data.weighted_order import order_of, refuse_weights
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.paths import is_remote
@@ -50,6 +51,7 @@ class DatasetStats:
     duplicates: int = 0  # images equal or nearly equal to an earlier one
     bad: list[dict[str, Any]] = field(default_factory=list)
     mixing: MixingResult | None = None  # None: not a stream, or not measured
+    weights: str = ""  # their effect on an epoch; empty without weights
     shown: list[tuple[bytes, list[str]]] = field(default_factory=list)  # JPEG thumbnails, captions
 
     @property
@@ -78,6 +80,7 @@ class DatasetStats:
             "height": _spread([height for _, height in self.sizes]),
             "file_bytes": _spread(self.file_bytes),
             "mixing": self.mixing._asdict() if self.mixing else None,
+            "weights": self.weights or None,
         }
 
 
@@ -140,6 +143,18 @@ def stream_mixing(
         examples = progress(itertools.islice(scan(source), _SCANNED), total)
         counts = collections.Counter(_groups(examples, config))
     return measure(batches, counts) if all(batches) else None
+
+
+def weights_description(config: DataConfig) -> str:
+    """Describe how often training draws the examples with the weights of their column.
+
+    Raises:
+        ConfigError: the data is read as a stream.
+        DataError: a wrong weight.
+    """
+    if streams(config):
+        refuse_weights(config)
+    return order_of(open_source(config, config.train_split), config).description()
 
 
 def _groups(examples: Iterable[Any], config: DataConfig) -> Iterator[int]:

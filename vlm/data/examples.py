@@ -123,7 +123,8 @@ def passes(example: Example, filters: Sequence[FieldFilter]) -> bool:
 def wanted_features(config: DataConfig) -> list[str]:
     """List the features that training reads besides the image, each once."""
     texts = [config.label] if config.label else list(config.captions)
-    return list(dict.fromkeys([*texts, *(f.feature for f in config.filters)]))
+    weights = [config.weight_column] if config.weight_column else []
+    return list(dict.fromkeys([*texts, *(f.feature for f in config.filters), *weights]))
 
 
 def check_features(config: DataConfig, known: Collection[str], where: str) -> None:
@@ -131,6 +132,7 @@ def check_features(config: DataConfig, known: Collection[str], where: str) -> No
     wanted = {"data.image": [config.image]}
     wanted |= {"data.label": [config.label]} if config.label else {"data.captions": config.captions}
     wanted |= {"data.filters": [f.feature for f in config.filters]}
+    wanted |= {"data.weight_column": [config.weight_column] if config.weight_column else []}
     for field, features in wanted.items():
         for feature in features:
             if feature not in known:

@@ -39,7 +39,8 @@ def part_configs(config: DataConfig) -> list[DataConfig]:
             own |= {"templates": DataConfig.templates, "class_names": None}
         if own.get("access", config.access) == "random":
             own |= {"interleave": None, "shuffle": DataConfig.shuffle}
-        configs.append(dataclasses.replace(config, mixture=(), **own))
+        alone = {"mixture": (), "mixture_temperature": None}
+        configs.append(dataclasses.replace(config, **alone, **own))
     return configs
 
 
@@ -48,10 +49,14 @@ class Mixture:
 
     def __init__(self, config: DataConfig, parts: list[Stream], *, lanes: int, seed: int):
         self.parts, self.lanes, self.seed = parts, lanes, seed
-        weights = np.array(_weights(config.mixture, parts))
-        self._bounds = np.cumsum(weights / weights.sum())
+        weights = np.array(_weights(config, parts))
+        self.shares = weights / weights.sum()
+        self._bounds = np.cumsum(self.shares)
         self.fingerprint = " + ".join(part.fingerprint for part in parts)
         self.examples = sum(part.examples for part in parts)
+        named = zip(config.mixture, self.shares, strict=True)
+        shares = ", ".join(f"{part.source} {share:.1%}" for part, share in named)
+        self.description = f"about {self.examples:,} examples read as a stream: {shares}"
         self.shard_length = max(part.shard_length for part in parts)
         fixes = [getattr(part, "fix_mixing", None) for part in parts]
         self.fix_mixing = "; ".join(dict.fromkeys(fix for fix in fixes if fix)) or None
@@ -101,7 +106,13 @@ def _tagged(read: Callable[[], Example], part: int) -> Example:
     return {**read(), PART: part}
 
 
-def _weights(mixture: tuple[MixturePart, ...], parts: list[Stream]) -> list[float]:
+def _weights(config: DataConfig, parts: list[Stream]) -> list[float]:
+    mixture = config.mixture
+    if config.mixture_temperature is not None:
+        pairs = zip(mixture, parts, strict=True)
+        power = 1 / config.mixture_temperature
+        counts = [_length(*pair, "data.mixture_temperature") for pair in pairs]
+        return [count**power for count in counts]
     by_passes = any(part.epochs is not None for part in mixture)
     weights = []
     for part, stream in zip(mixture, parts, strict=True):
@@ -114,16 +125,21 @@ def _weights(mixture: tuple[MixturePart, ...], parts: list[Stream]) -> list[floa
                 f"{'a weight' if part.weight is not None else 'no epochs'} beside parts with "
                 "epochs: give every part a weight, or every part epochs"
             )
-        source = getattr(stream, "source", None)
-        examples = part.examples or (len(source) if source is not None else None)
-        if examples is None:
-            raise ConfigError(
-                f"the part {part.source} of data.mixture is a stream of unknown length: set "
-                "examples=N, or give weights instead of epochs"
-            )
-        weights.append(part.epochs * examples)
+        weights.append(part.epochs * _length(part, stream, "epochs"))
     if min(weights) < 0 or sum(weights) <= 0:
         raise ConfigError(
             f"data.mixture has weights {weights}: set each to at least 0, and one above 0"
         )
     return weights
+
+
+def _length(part: MixturePart, stream: Stream, what: str) -> int:
+    """Return the number of examples of a part, which `what` needs."""
+    source = getattr(stream, "source", None)
+    examples = part.examples or (len(source) if source is not None else None)
+    if examples is None:
+        raise ConfigError(
+            f"the part {part.source} of data.mixture is a stream of unknown length: set "
+            f"examples=N, or give weights instead of {what}"
+        )
+    return examples

@@ -26,6 +26,7 @@ from vlm.data.randomness import key
 from vlm.data.reinforced import Reinforced
 from vlm.data.sources import CachedSource, open_source, open_stream, streams
 from vlm.data.transform_example import ExampleTransform
+from vlm.data.weighted_order import order_of
 from vlm.data.workers import buffered_batches, check_shared_memory, end_with_parent, signals_blocked
 from vlm.errors import ConfigError, DataError, warn_once
 from vlm.inputs.preprocess import Preprocess
@@ -303,7 +304,10 @@ def train_batches(
         source = open_source(config, config.train_split)
         if is_named(config):
             check_workers(source, config)
+        order = order_of(source, config)
         description = f"{config.train_split}: {len(source):,} examples"
+        if weighted := order.description():
+            description += f" weighted by {config.weight_column}; {weighted}"
         read = CachedSource(source, config, preprocess) if config.cache else source
 
         def indexed_batches(seed: int, planned_for: int) -> TrainBatches:
@@ -318,6 +322,7 @@ def train_batches(
                 process_count=process_count,
                 epochs=epochs,
                 reinforced=reinforced,
+                order=order,
             )
 
         batches, reopen = indexed_batches(seed, global_batch), indexed_batches

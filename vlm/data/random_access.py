@@ -1,11 +1,11 @@
 """Batches from a random-access source: each batch is a pure function of its step.
 
 Sample g of a run (counted over all processes and epochs) is example `shuffle(g mod n)` of epoch
-g // n; g also seeds its crop, colours and caption. Global batch i contains samples i B to
-(i + 1) B - 1, and each process makes its own slice. So a run resumes exactly from a number of
-samples, on any number of processes or workers and with another batch size, and within an epoch no
-sample is lost or repeated. A bad sample
-is replaced by another example, also drawn from g; all other samples are unaffected.
+g // n (`weighted_order` has the same for weighted examples); g also seeds its crop, colours and
+caption. Global batch i contains samples i B to (i + 1) B - 1, and each process makes its own slice.
+So a run resumes exactly from a number of samples, on any number of processes or workers and with
+another batch size, and within an epoch no sample is lost or repeated. A bad sample is replaced by
+another example, also drawn from g; all other samples are unaffected.
 """
 
 import functools
@@ -17,15 +17,15 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int
 
 from vlm.config import DataConfig
 from vlm.data.examples import Source
 from vlm.data.faults import BadSample, TooManyBad
-from vlm.data.randomness import key, permute, uniforms
+from vlm.data.randomness import key, uniforms
 from vlm.data.reinforced import Reinforced
 from vlm.data.shards import Sample
 from vlm.data.transform_example import ExampleTransform
+from vlm.data.weighted_order import Order
 from vlm.errors import DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import AnyTokenizer
@@ -34,16 +34,6 @@ from vlm.nn.naflex import Patches
 Batch = dict[str, Any]
 
 _FOREVER = 2**40  # steps; grain requires a length
-
-
-def places(seed: int, positions: Int[np.ndarray, " b"], count: int) -> Int[np.ndarray, " b"]:
-    """Return the index of the example at each position of a run over `count` examples."""
-    epochs, within = positions // count, positions % count
-    out = np.empty_like(positions)
-    for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        out[here] = permute(seed, epoch, within[here], count)
-    return out
 
 
 class TrainBatches:
@@ -68,7 +58,9 @@ class TrainBatches:
         process_count: int = 1,
         epochs: float | None = None,
         reinforced: Reinforced | None = None,
+        order: Order | None = None,
     ):
+        self._order = order or Order(len(source))
         self._source, self._tokenizer, self._reinforced = source, tokenizer, reinforced
         self._transform = ExampleTransform([config], preprocess)
         self._seed, self._batch_size = seed, batch_size
@@ -97,7 +89,7 @@ class TrainBatches:
     def __getitem__(self, step: int) -> Batch:
         first = self._position(int(step)) + self._offset
         positions = np.arange(first, first + self._batch_size)
-        indices = places(self._seed, positions, len(self._source))
+        indices = self._order.places(self._seed, positions)
         store, variants = self._reinforced, np.zeros_like(positions)
         if store is None:
             draws = self._transform.draws(self._seed, positions)
@@ -139,7 +131,8 @@ class TrainBatches:
 
     def state(self, step: int) -> dict[str, Any]:
         """Return the step, the position, and the number of examples to recognise the data."""
-        return {"step": step, "examples": len(self._source), "position": self._position(step)}
+        state = {"step": step, "examples": len(self._source), "position": self._position(step)}
+        return state | ({"weights": self._order.digest} if self._order.digest else {})
 
     def start_at(self, step: int, position: int = 0) -> None:
         """Let the first sample of the batch `step` be the one at `position`."""
@@ -165,6 +158,12 @@ class TrainBatches:
                 "with the data that the run started with, or start a new pass over this data with "
                 "another --seed"
             )
+        if state.get("weights", "") != self._order.digest:
+            raise DataError(
+                "the checkpoint is for other weights of the examples than those in "
+                "data.weight_column now: restore the column, or start a new pass with another "
+                "--seed"
+            )
         step = state["step"]  # older checkpoints have no position
         self.start_at(step, state.get("position", step * self._global_batch))
 
@@ -188,7 +187,7 @@ class TrainBatches:
                 bad.append(fault.record())
                 last = fault
                 other = uniforms(key(self._seed, 3, attempt), np.array([position]), 1)[0, 0]
-                index = int(other * len(self._source))
+                index = self._order.draw(other)
                 if self._reinforced is not None:  # augmentation depends on the example
                     at = np.array([index]), np.array([variant])
                     u = self._reinforced.draws(self._transform, *at)[0]
@@ -202,9 +201,19 @@ class IndexedStream:
     Without `shuffle` a position is the index of its example, also beyond the length of the source.
     """
 
-    def __init__(self, source: Source, lanes: int, seed: int, shuffle: bool = True):
+    def __init__(
+        self,
+        source: Source,
+        lanes: int,
+        seed: int,
+        shuffle: bool = True,
+        order: Order | None = None,
+    ):
         self.source, self.lanes, self.seed, self.shuffle = source, lanes, seed, shuffle
+        self.order = order or Order(len(source))
         self.shard_length, self.fingerprint = 0, f"{len(source)} examples"
+        if self.order.digest:
+            self.fingerprint += f" weighted {self.order.digest}"
         self.faults: Sequence[dict[str, Any]] = getattr(source, "faults", ())
         self.examples = len(source) + sum(fault.get("samples", 1) for fault in self.faults)
 
@@ -224,7 +233,7 @@ class IndexedLane:
         position = self._taken * stream.lanes + self._number
         index = position
         if stream.shuffle:
-            index = places(stream.seed, np.array([position]), len(stream.source))[0]
+            index = stream.order.places(stream.seed, np.array([position]))[0]
         self._taken += 1
         return Sample(functools.partial(stream.source.__getitem__, int(index)), position)
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vlm.config import DataConfig
-from vlm.data.examples import Example, Source, Subset, label_of, passes, scan
+from vlm.data.examples import WHERE, Example, Source, Subset, label_of, passes, scan
 from vlm.data.faults import BadSample
 from vlm.data.storage import cache_path, write_whole
 from vlm.errors import DataError
@@ -52,6 +52,47 @@ def unique_labels(source: Source, config: DataConfig, split: str) -> set[str]:
         lambda: sorted(set(valid_values(source, config, label_of))),
     )
     return set(labels.tolist())
+
+
+def column_values(source: Source, config: DataConfig, column: str) -> np.ndarray:
+    """Collect the weights in a column of the training split as float64.
+
+    A bad sample has the mean weight, so that training still counts and lists it.
+
+    Raises:
+        DataError: a weight that is missing, negative or not finite, or all of them are 0.
+    """
+    weights = _cached(
+        source,
+        ("weights", column, config.filters, config.captions, config.hold_out, config.eval_split),
+        config,
+        lambda: [_weight(*item, column) for item in enumerate(scan(source))],
+    )
+    known = weights[weights >= 0]
+    if not known.any():
+        raise DataError(
+            f"the column {column!r} of {config.source}, which data.weight_column names, has no "
+            f"weight above 0 in {len(weights):,} examples: name another column"
+        )
+    return np.where(weights >= 0, weights, known.mean())
+
+
+def _weight(index: int, example: Example | BadSample, column: str) -> float:
+    """Return the weight of an example; -1 of a bad sample."""
+    if isinstance(example, BadSample):
+        return -1.0
+    value, where = example.get(column), example.get(WHERE, f"example {index}")
+    try:
+        weight = float("nan") if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError):
+        weight = float("nan")
+    if not 0 <= weight < float("inf"):
+        has = "no value" if value is None else repr(value)
+        raise DataError(
+            f"{where} has {has} in the column {column!r}, which data.weight_column names: give a "
+            "number of at least 0, or leave the example out with data.filters"
+        )
+    return weight
 
 
 def valid_values(

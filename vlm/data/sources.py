@@ -39,6 +39,7 @@ from vlm.data.scans import filtered, good_examples, unique_labels, valid_values
 from vlm.data.shard_stream import find_shards, plan_stream
 from vlm.data.splits import WHOLE, default_split, find_split, named_splits
 from vlm.data.transform_example import open_image_of
+from vlm.data.weighted_order import order_of, refuse_weights
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, is_remote
@@ -68,6 +69,8 @@ def open_source(config: DataConfig, split: str) -> Source:
         >>> len(source)
         12
     """
+    if split != config.train_split and config.weight_column:  # weights are of training only
+        config = dataclasses.replace(config, weight_column=None)
     source = _open(config, split)
     labels = getattr(source, "label_names", None) or ()
     named = config.class_names or getattr(source, "class_names", None) or imagenet_names(labels)
@@ -261,6 +264,8 @@ def open_stream(
 
     DataError if there are too few shards, or they lack wanted features.
     """
+    if not config.mixture:
+        refuse_weights(config)
     if python_source.is_named(config):
         return python_stream.open_stream(
             config,
@@ -284,11 +289,14 @@ def open_stream(
     for number, (part, plan) in enumerate(zip(configs, plans, strict=True)):
         part_seed = key(seed, 5, number)
         if plan:
+            refuse_weights(part)
             parts.append(plan.open(count, part_seed, process_count))
         elif streams(part):
+            refuse_weights(part)
             parts.append(python_stream.open_stream(part, global_batch, seed=part_seed, lanes=count))
         else:
-            parts.append(IndexedStream(open_source(part, part.train_split), count, part_seed))
+            source = open_source(part, part.train_split)
+            parts.append(IndexedStream(source, count, part_seed, order=order_of(source, part)))
     return mixture.Mixture(config, parts, lanes=count, seed=seed)
 
 
