@@ -32,7 +32,7 @@ def plan(
 
     No such chips are needed. Memory, communication and FLOPs are read from the compiled program;
     times are ranges, calibrated on published and measured throughputs. TPU slices need the extra
-    `tpu`; GPUs are estimated analytically (no compilation).
+    `tpu`; GPUs are estimated analytically (no compilation). Each phase of a run is planned alone.
 
     Examples:
       vlm plan configs/siglip_b16.py --topology v5e:16x16
@@ -61,6 +61,7 @@ def plan(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only compiles
     from rich.console import Console
 
+    from vlm.planning import phases
     from vlm.planning import plan as make
     from vlm.planning import sweep as compare
     from vlm.planning.report import show, show_sweep
@@ -87,6 +88,8 @@ def plan(
     if unroll:
         changes["scan"] = False
     experiment = dataclasses.replace(experiment, **changes)
+    if sweep and experiment.phases:
+        raise UsageError("--sweep compares runs of one phase: plan this config without --sweep")
     if sweep:
         plans = compare(
             experiment,
@@ -101,14 +104,15 @@ def plan(
         show_sweep(plans, console)
         results = [p.to_dict(price) for p in plans]
     else:
-        planned = make(
-            experiment,
-            topology[0],
-            mesh[0] if mesh else None,
-            largest=largest_batch,
-            calibration=calibration,
-        )
-        show(planned, console, price)
-        results = planned.to_dict(price)
+        of_mesh = mesh[0] if mesh else None
+        sizes = {"largest": largest_batch, "calibration": calibration}
+        parts = phases.phase_experiments(experiment) if experiment.phases else [experiment]
+        plans = [make(part, topology[0], of_mesh, **sizes) for part in parts]
+        if experiment.phases:
+            phases.show_phases(experiment, plans, console, price)
+            results = phases.to_dict(experiment, plans, price)
+        else:
+            show(plans[0], console, price)
+            results = plans[0].to_dict(price)
     if json:
         print(jsonlib.dumps(results))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 from typing import Any
 
@@ -18,6 +19,7 @@ from vlm.config import (
     without_evals,
 )
 from vlm.config.defaults import with_default_model
+from vlm.errors import brief
 
 ABOUT = """\
 Train the model of a config, fine-tune a model, or resume a run. Every field of the config is an
@@ -62,6 +64,13 @@ MORE = (
     Option("--resume", "RUN", "Run to resume. It continues from its last checkpoint.", "none"),
     Option("--bucket", "PLACE", "Bucket or folder in place of gs://BUCKET in the config.", "none"),
     Option("--skip-evals", "NAME,NAME,...", "Evaluations of the config to leave out.", "none"),
+    Option(
+        "--phases",
+        "JSON|FILE",
+        "Changes of fields on the way, as a JSON list or a file of it, such as "
+        """'[{"fraction": 0.9, "changes": {"text_masking": 0}}]'.""",
+        "those of the config",
+    ),
     Option("--coordinator", "HOST:PORT", "Address of process 0, for several hosts.", "detected"),
     Option("--processes", "INTEGER", "Number of processes of all hosts.", "detected"),
     Option("--process-id", "INTEGER", "Number of this process, from 0.", "detected"),
@@ -129,8 +138,10 @@ def experiment_of(args: list[str]) -> Experiment:
         # A size option of the model or of its inputs sets both.
         sizes, _ = _extract(rest, SIZES)
         experiment = dataclasses.replace(experiment, **(sizes | start))
+    if "phases" in places:  # they may change what the other options set
+        experiment = dataclasses.replace(experiment, phases=())
     experiment = with_model(_without_replaced_length(experiment, rest))
-    experiment = _without_evals(parse.options(experiment, "vlm train", rest, page), places)
+    experiment = _with_places(parse.options(experiment, "vlm train", rest, page), places)
     require_bucket(experiment)
     return experiment
 
@@ -161,7 +172,11 @@ START = {
     "--init-context-length": ("init_context_length", int),
 }
 DATA = {"--data.source": ("source", str), "--data.train-split": ("train_split", str)}
-PLACES = {"--bucket": ("bucket", str), "--skip-evals": ("skip_evals", str)}
+PLACES = {
+    "--bucket": ("bucket", str),
+    "--skip-evals": ("skip_evals", str),
+    "--phases": ("phases", str),
+}
 SIZES = {
     "--model.vision.image-size": ("init_image_size", int),
     "--preprocess.image-size": ("init_image_size", int),
@@ -202,12 +217,35 @@ def _changed(run: str, options: list[str]) -> Experiment:
         raise UsageError("--bucket is for a new run: the config of a run names its own bucket")
     experiment = _without_replaced_length(experiment_in(as_path(run)), options)
     page = functools.partial(help_page, source=run)
-    return _without_evals(parse.options(experiment, "vlm train", options, page), places)
+    if "phases" in places:
+        experiment = dataclasses.replace(experiment, phases=())
+    return _with_places(parse.options(experiment, "vlm train", options, page), places)
 
 
-def _without_evals(experiment: Experiment, places: dict[str, str]) -> Experiment:
+def _with_places(experiment: Experiment, places: dict[str, str]) -> Experiment:
+    """Apply --skip-evals and --phases."""
     names = places.get("skip_evals", "").split(",")
-    return without_evals(experiment, [name.strip() for name in names if name.strip()])
+    experiment = without_evals(experiment, [name.strip() for name in names if name.strip()])
+    if "phases" in places:
+        experiment = dataclasses.replace(experiment, phases=_phases_of(places["phases"]))
+    return experiment
+
+
+def _phases_of(text: str) -> list[Any]:
+    """Parse the JSON of --phases, or of the file that it names."""
+    try:
+        if not text.lstrip().startswith("["):
+            with open(text, encoding="utf-8") as file:
+                text = file.read()
+        phases = json.loads(text)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            f"--phases {brief(text)} is no JSON list and no file of one: {reason}"
+        ) from None
+    if not isinstance(phases, list):
+        raise UsageError(f"--phases is {brief(phases)}: give a list, such as [{{...}}]")
+    return phases
 
 
 def _without_replaced_length(experiment: Experiment, options: list[str]) -> Experiment:

@@ -5,6 +5,7 @@ phase, and `check_phases` what a phase may not change.
 """
 
 import dataclasses
+import difflib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Phase(Config):
     def begin(self) -> str:
         """Its begin in words, such as "step 1,000"."""
         value = getattr(self, self.unit)
-        return f"{self.unit} {value:g}" if self.unit == "fraction" else f"{self.unit} {value:,}"
+        return f"{self.unit.removesuffix('s')} {value:{'g' if isinstance(value, float) else ','}}"
 
     def description(self) -> str:
         """Describe the changes by their options."""
@@ -177,11 +178,10 @@ def with_fields(config: T, changes: Mapping[str, Any], **own: Any) -> T:
     inner: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         first, _, rest = name.partition(".")
-        if first not in _names(config):
-            raise ConfigError(
-                f"{type(config).__name__} has no field {first!r}: it has "
-                f"{', '.join(_names(config))}"
-            )
+        if first not in (known := [field.name for field in dataclasses.fields(config)]):
+            near = difflib.get_close_matches(first, known, 2)
+            fix = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+            raise ConfigError(f"{type(config).__name__} has no field {first!r}: {fix}")
         if rest:
             inner.setdefault(first, {})[rest] = value
         else:
@@ -204,10 +204,6 @@ def _with_parts(part: Any, changes: Mapping[str, Any], name: str) -> Any:
         index, _, rest = key.partition(".")
         items[int(index)] = _with_parts(items[int(index)], {rest: value}, f"{name}.{index}")
     return tuple(items)
-
-
-def _names(config: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(config)]
 
 
 def _get(config: Any, name: str) -> Any:

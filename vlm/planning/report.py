@@ -184,7 +184,7 @@ def _needs(n: Needs) -> Table:
     table = _basis_table("the run")
     if n.seconds:
         name = f"time to {n.examples:,} examples" if n.examples else "time"
-        table.add_row(name, _of(n.seconds, _long_time), "expected")
+        table.add_row(name, _of(n.seconds, long_time), "expected")
     if n.chip_hours:
         table.add_row("chip-hours", _of(n.chip_hours, _count), "expected")
     if n.cost:
@@ -250,7 +250,8 @@ def _time_of(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def _long_time(seconds: float) -> str:
+def long_time(seconds: float) -> str:
+    """Format a duration in days, hours, minutes or seconds."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"

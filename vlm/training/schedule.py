@@ -36,7 +36,7 @@ def length_in_steps(
     if e.epochs is not None:
         examples = int(e.epochs * count_examples(data or e.data))
     if examples is not None:  # earlier steps may have had another batch size
-        return max(1, _steps_to(examples, e, batches.step, batches.samples))
+        return max(1, steps_to(examples, e, batches.step, batches.samples))
     if e.seconds is None:
         raise ConfigError("the run has no length: set one of steps, epochs, examples, seconds")
     times = step_times(trainer, batches, e.seconds / 10)
@@ -84,7 +84,7 @@ def check_starts(experiment: Experiment, starts: list[int], total: int, step: in
         before = start
 
 
-def _steps_to(examples: int, e: Experiment, step: int, samples: int) -> int:
+def steps_to(examples: int, e: Experiment, step: int, samples: int) -> int:
     """Return the most steps of a run that sees at most so many pairs."""
 
     def seen(total: int) -> int:
