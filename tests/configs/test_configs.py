@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from vlm.config import DataConfig, DistillConfig, EvalConfig, Experiment, load_config
+from vlm.config import DataConfig, DistillConfig, EvalConfig, Experiment, Phase, load_config
 from vlm.config.defaults import with_defaults
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import open_source
@@ -92,7 +92,18 @@ def shrunk(config: Experiment, folder: Path) -> Experiment:
         log_every=1,
         eval_every=0.5,
         run_dir=str(folder / config.name),
+        phases=tuple(
+            dataclasses.replace(
+                phase, step=number, changes=at_size(phase, size + vision.patch_size)
+            )
+            for number, phase in enumerate(config.phases, 1)
+        ),
     )
+
+
+def at_size(phase: Phase, size: int) -> dict:
+    """The changes of a phase, with another image size."""
+    return {name: size if name.endswith("image_size") else v for name, v in phase.changes}
 
 
 def prepared(config: EvalConfig, folder: Path) -> EvalConfig:

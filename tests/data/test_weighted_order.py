@@ -110,7 +110,7 @@ def test_batches_follow_the_weights_and_resume_exactly(tmp_path):
     batches = batches_of(source)
     assert "weighted by score; an epoch of 12 samples has" in batches.description
     found = [reds(next(batches)) for _ in range(6)]
-    epoch = collections.Counter(sum(found[:3], []))
+    epoch = collections.Counter(n for batch in found[:3] for n in batch)
     assert epoch[6] == 3
     assert epoch[3] == 2
     assert not {0, 7, 9} & epoch.keys()
@@ -121,7 +121,7 @@ def test_batches_follow_the_weights_and_resume_exactly(tmp_path):
     again.set_state(json.loads(json.dumps(first.get_state())))
     assert [reds(next(again)) for _ in range(4)] == found[2:]
     halves = [batches_of(source, 2, process=i, processes=2) for i in range(2)]
-    both = [sum((reds(next(half)) for half in halves), []) for _ in range(6)]
+    both = [[n for half in halves for n in reds(next(half))] for _ in range(6)]
     assert both == found
     changed = table(tmp_path / "data", [0, 1, 1, 2, 0.5, 1.5, 3, 0, 1, 0, 1, 9])
     with pytest.raises(DataError, match="for other weights of the examples"):

@@ -55,7 +55,8 @@ def test_accepted_changes_are_returned_and_others_refused_by_name():
         check_changes(before, wrong)
     assert str(caught.value) == (
         "a resumed run cannot change --init-from (None to 'm'), which only acts at the start of a "
-        "run; nor --lock ('none' to 'text'), --optimizer.name ('adamw' to 'lion'), which the saved "
+        "run; nor --lock ('none' to 'text'), which the saved optimizer state depends on (a phase "
+        "of the run may change it); nor --optimizer.name ('adamw' to 'lion'), which the saved "
         "parameters or optimizer state depend on: leave that out, or start a new run, with "
         "--init-from this run to reuse its weights"
     )

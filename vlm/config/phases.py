@@ -175,10 +175,11 @@ def with_fields(config: T, changes: Mapping[str, Any], **own: Any) -> T:
     Raises:
         ConfigError: an unknown field, a field of a part that is not set, or a wrong value.
     """
+    known = [field.name for field in dataclasses.fields(config)]  # pyright: ignore[reportArgumentType]
     inner: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         first, _, rest = name.partition(".")
-        if first not in (known := [field.name for field in dataclasses.fields(config)]):
+        if first not in known:
             near = difflib.get_close_matches(first, known, 2)
             fix = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
             raise ConfigError(f"{type(config).__name__} has no field {first!r}: {fix}")

@@ -81,10 +81,10 @@ def _titles(experiment: Experiment, plans: Sequence[Plan]) -> Iterator[str]:
     step = 0
     for number, planned in enumerate(plans):
         steps = planned.experiment.steps
-        place = "" if steps is None else f" ({steps:,} steps from step {step:,})"
+        place = "" if steps is None else f"{steps:,} steps from step {step:,}"
         if number:
             phase = experiment.phases[number - 1]
-            yield f"phase {number}, from {phase.begin} on{place}: {phase.description()}"
+            yield f"phase {number} ({place or f'from {phase.begin}'}): {phase.description()}"
         else:
-            yield f"phase 0{place}"
+            yield f"phase 0 ({place})" if place else "phase 0"
         step += steps or 0

@@ -18,7 +18,7 @@ from vlm.config.phases import check_transition
 from vlm.config.resume import changes_between, option_of
 from vlm.data.pipeline import TrainIterator, train_batches
 from vlm.data.sources import credits, with_own_splits
-from vlm.errors import ConfigError, brief
+from vlm.errors import ConfigError, ShardingError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.paths import on_disk
 from vlm.sharding import batch_shard, check_batch, make_mesh
@@ -62,7 +62,11 @@ class RunPhases:
         self._open(self._likely())
         try:
             for number in range(self.number + 1, self.count + 1):
-                self._check_sizes(in_phase(run.experiment, number))
+                phase = run.experiment.phases[number - 1]
+                try:
+                    self._check_sizes(in_phase(run.experiment, number))
+                except ShardingError as error:
+                    raise ShardingError(f"phase {number} ({phase.begin}): {error}") from None
             check_layouts(run.experiment, self.trainer)
         except BaseException:
             self.close()

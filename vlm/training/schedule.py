@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm.cluster.processes import broadcast_text
-from vlm.config import DataConfig, Experiment, in_phase
+from vlm.config import DataConfig, Experiment, Phase, in_phase
 from vlm.data.pipeline import TrainIterator, count_examples
 from vlm.errors import ConfigError
 from vlm.training.step import Trainer
@@ -52,9 +52,20 @@ def phase_starts(experiment: Experiment, total: int, step: int = 0, samples: int
         step: step of the run, which no phase begins before.
         samples: pairs seen before that step.
     """
+    return _starts(experiment.phases, _batch_sizes(experiment), total, step, samples)
+
+
+def _batch_sizes(experiment: Experiment) -> list[int]:
+    """Return the batch size of each phase, from the current one on."""
+    count = len(experiment.phases) + 1
+    return [in_phase(experiment, number).super_batch_size for number in range(count)]
+
+
+def _starts(
+    phases: tuple[Phase, ...], batch_sizes: list[int], total: int, step: int, samples: int
+) -> list[int]:
     starts = []
-    for number, phase in enumerate(experiment.phases):
-        batch_size = in_phase(experiment, number).super_batch_size
+    for phase, batch_size in zip(phases, batch_sizes, strict=False):
         if phase.step is not None:
             start = phase.step
         elif phase.fraction is not None:
@@ -86,16 +97,18 @@ def check_starts(experiment: Experiment, starts: list[int], total: int, step: in
 
 def steps_to(examples: int, e: Experiment, step: int, samples: int) -> int:
     """Return the most steps of a run that sees at most so many pairs."""
+    if not e.phases:
+        return step + (examples - samples) // e.super_batch_size
+    sizes = _batch_sizes(e)
 
     def seen(total: int) -> int:
         place, count = step, samples
-        for number, end in enumerate([*phase_starts(e, total, step, samples), total]):
-            place, more = max(place, min(end, total)), max(0, min(end, total) - place)
-            count += more * in_phase(e, number).super_batch_size
+        ends = [*_starts(e.phases, sizes, total, step, samples), total]
+        for end, size in zip(ends, sizes, strict=True):
+            count += max(0, min(end, total) - place) * size
+            place = max(place, min(end, total))
         return count
 
-    if not e.phases:
-        return step + (examples - samples) // e.super_batch_size
     low, high = step, step + max(0, examples - samples)
     while low < high:
         middle = (low + high + 1) // 2
