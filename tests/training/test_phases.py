@@ -16,7 +16,7 @@ from test_hosts import Pair
 
 from vlm.bundle import load
 from vlm.config import FieldFilter, MeshConfig, MixturePart, Phase
-from vlm.errors import ConfigError, VlmError
+from vlm.errors import ConfigError
 from vlm.paths import as_path
 from vlm.sharding import make_mesh
 from vlm.training.carry_over import carried_over
@@ -134,6 +134,8 @@ def test_later_phases_can_change_at_a_resume_and_earlier_ones_only_validly(whole
         train(dataclasses.replace(before, phases=(other, two, later)), resume=run)
     with pytest.raises(ConfigError, match=r"--batch-size has no effect, since phase 1 of the run"):
         train(dataclasses.replace(before, batch_size=32), resume=run)
+    with pytest.raises(ConfigError, match=r"has begun its phase 2, and --phases has 1: give the"):
+        train(dataclasses.replace(before, phases=(one,)), resume=run)
     train(dataclasses.replace(before, phases=(one, two, later), steps=14), resume=run)
     rows = read_history(as_path(run))
     assert rows[-2]["changes"]["steps"] == [13, 14]
@@ -292,12 +294,15 @@ def test_a_schedule_runs_over_the_run_or_from_restart_to_restart(whole):
         ({"freeze": ["nothing/.*"]}, r"phase 1 \(step 5\): .*nothing/"),
         ({"freeze": [".*"]}, r"phase 1 \(step 5\): nothing is trained"),
         ({"data.source": ""}, "no data is named"),
+        ({"data.source": "nowhere.csv"}, r"phase 1 \(step 5\): .*nowhere.csv"),
+        ({"data.captions": ["title"]}, r"phase 1 \(step 5\): .* no .*'title'"),
+        ({"data.eval_split": "later"}, r"phase 1 \(step 5\): .*later"),
     ],
-    ids=["mesh", "no parameter", "all parameters", "no data"],
+    ids=["mesh", "no parameter", "all parameters", "no data", "no file", "no column", "no split"],
 )
 def test_a_phase_is_checked_before_the_first_step(tiny, tmp_path, changes, message):
     run = tmp_path / "run"
-    with pytest.raises(VlmError, match=message):
+    with pytest.raises(ConfigError, match=message):
         train(tiny(run_dir=str(run), phases=(Phase(changes, step=5),)))
     assert not run.exists()
 

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from etils import epath
 
 from vlm.cluster.processes import broadcast_text
 from vlm.config import Experiment, in_phase
 from vlm.config.phases import check_transition
 from vlm.config.resume import changes_between, option_of
 from vlm.data.pipeline import TrainIterator, train_batches
-from vlm.data.sources import credits, with_own_splits
-from vlm.errors import ConfigError, ShardingError, brief
+from vlm.data.sources import credits, open_source, with_own_splits
+from vlm.errors import ConfigError, VlmError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.paths import on_disk
 from vlm.sharding import batch_shard, check_batch, make_mesh
@@ -64,9 +64,9 @@ class RunPhases:
             for number in range(self.number + 1, self.count + 1):
                 phase = run.experiment.phases[number - 1]
                 try:
-                    self._check_sizes(in_phase(run.experiment, number))
-                except ShardingError as error:
-                    raise ShardingError(f"phase {number} ({phase.begin}): {error}") from None
+                    self._check_phase(number)
+                except VlmError as error:
+                    raise ConfigError(f"phase {number} ({phase.begin}): {error}") from error
             check_layouts(run.experiment, self.trainer)
         except BaseException:
             self.close()
@@ -85,6 +85,11 @@ class RunPhases:
                     self._run, trainer, self.batches, checkpoints, classes, length, self.number
                 )
             except OtherPhase as other:
+                if len(other.starts) > self.count:
+                    raise ConfigError(
+                        f"the run has begun its phase {len(other.starts)}, and --phases has "
+                        f"{self.count}: give the phases that have begun, too"
+                    ) from None
                 self.close()
                 self._open(len(other.starts))
                 continue
@@ -175,12 +180,22 @@ class RunPhases:
             self.supervision.class_count,
             self.supervision.teacher,
         )
-        self.batches = _open_batches(self._run, self.trainer, self.supervision)
+        self.batches = self._open_batches(e, self._run.folder)
         try:
             self.evaluations = Evaluations(e, self.trainer, self._tokenizer)
         except BaseException:
             self.close()
             raise
+
+    def _check_phase(self, number: int) -> None:
+        """Check the batch size of a later phase, and that its data can be opened."""
+        before, e = (in_phase(self._run.experiment, n) for n in (number - 1, number))
+        self._check_sizes(e)
+        if e.data == before.data or (self._run.resumed and not self._run.changes):
+            return
+        self._open_batches(e, None).close()
+        if e.data.eval_split and e.eval_every != 0:
+            open_source(e.data, e.data.eval_split)
 
     def _check_sizes(self, e: Experiment) -> None:
         check_batch(e.batch_size, self.mesh)
@@ -218,20 +233,18 @@ class RunPhases:
                         "and has begun: change that phase with --phases"
                     )
 
-
-def _open_batches(run: Run, trainer: Trainer, supervision: TrainingSupervision) -> TrainIterator:
-    e = trainer.experiment
-    assert isinstance(trainer.mesh, Mesh)
-    shard, shards = batch_shard(trainer.mesh)
-    return train_batches(
-        e.data,
-        trainer.preprocess,
-        supervision.tokenizer,
-        batch_size=e.super_batch_size // shards,
-        seed=e.seed,
-        process_index=shard,
-        process_count=shards,
-        run_folder=run.folder,
-        reinforced=supervision.reinforced,
-        finish=supervision.add_targets,
-    )
+    def _open_batches(self, e: Experiment, run_folder: epath.Path | None) -> TrainIterator:
+        """Open the batches of an experiment; bad samples are listed in the run folder."""
+        shard, shards = batch_shard(self.mesh)
+        return train_batches(
+            e.data,
+            self.trainer.preprocess,
+            self.supervision.tokenizer,
+            batch_size=e.super_batch_size // shards,
+            seed=e.seed,
+            process_index=shard,
+            process_count=shards,
+            run_folder=run_folder,
+            reinforced=self.supervision.reinforced,
+            finish=self.supervision.add_targets,
+        )

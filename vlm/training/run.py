@@ -179,7 +179,7 @@ class Run:
         return rows[-1]["total_steps"] if rows else None
 
     def starts(self) -> list[dict[str, Any]]:
-        """Return the run's history: a row for each start, with step and changed fields."""
+        """Return the run's history: a row for each start and phase, with the changed fields."""
         return read_history(self.folder)
 
     def history_text(self) -> str:
