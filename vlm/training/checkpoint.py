@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from orbax.checkpoint.type_handlers import ArrayHandler, create_type_handler_registry
 
 from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, VlmError
 from vlm.paths import as_config_error, on_disk, storage_error_reason
 from vlm.sharding import path_names
 from vlm.training.console import log
@@ -211,7 +211,7 @@ class Checkpoints:
                 arrays = args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
                 restored = self._manager.restore(step, args=args.Composite(state=arrays))
                 return (restored["state"], data), None
-            except CheckpointError:
+            except VlmError:
                 raise
             except Exception as error:  # readers raise many types
                 _silence_pending_reads()

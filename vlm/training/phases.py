@@ -79,10 +79,17 @@ class RunPhases:
     def start(self, checkpoints: Checkpoints, length: Length) -> TrainState:
         """Restore the state of the newest checkpoint and open its phase, or make a new state."""
         while True:
-            classes, trainer = self.supervision.classes, self.trainer
+            trainer = self.trainer
             try:
                 state, self.starts = start(
-                    self._run, trainer, self.batches, checkpoints, classes, length, self.number
+                    self._run,
+                    trainer,
+                    self.batches,
+                    checkpoints,
+                    self.supervision.classes,
+                    length,
+                    self.number,
+                    self._check_changes,
                 )
             except OtherPhase as other:
                 if len(other.starts) > self.count:
@@ -93,7 +100,6 @@ class RunPhases:
                 self.close()
                 self._open(len(other.starts))
                 continue
-            self._check_changes()
             step, total = int(state.step), int(state.total_steps)
             later = phase_starts(self.experiment, total, step, self.batches.samples)
             check_starts(self.experiment, later, total, step)

@@ -1,6 +1,7 @@
 """Initial state of a run: from its newest checkpoint, from another model, or random."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,11 +71,12 @@ def start(
     classes: Classes | None = None,
     length: Length = length_in_steps,
     phase: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, list[int]]:
     """Restore the state of the newest checkpoint, or initialise a new one of `length` steps.
 
     Returns it with the first steps of the phases that have begun: as many as `phase`, that of the
-    trainer and the batches.
+    trainer and the batches. `check` is called before the state of a checkpoint is read.
 
     Raises:
         OtherPhase: the newest checkpoint is of another phase.
@@ -83,7 +85,14 @@ def start(
     e = trainer.experiment
     saved = trainer.checkpoint_state(abstract)
     older = dataclasses.replace(saved, opt_state=abstract.opt_state)
-    restored = checkpoints.restore(saved, older, lambda data: len(phase_starts_of(data)) == phase)
+
+    def accepts(data_state: dict[str, Any]) -> bool:
+        if len(phase_starts_of(data_state)) != phase:
+            return False
+        check()
+        return True
+
+    restored = checkpoints.restore(saved, older, accepts)
     if restored is not None:
         state, data_state = restored
         if state is None:
