@@ -156,7 +156,7 @@ def test_the_log_stops_or_counts(tiny, tmp_path, nonfinite):
         BucketSync(whole.folder) as sync,
         Logs(whole, sync, ActivityTimer(), first_step=0, total_steps=8) as logs,
     ):
-        logs.set_phase(experiment, samples=samples)
+        logs.set_phase(experiment, 0, samples=samples)
         for step in (1, 2, 4, 5):
             logs.step(step, fine)
             if step == 2:

@@ -12,7 +12,7 @@ from vlm._json import to_json
 from vlm.callbacks import in_notebook
 from vlm.callbacks.tensorboard import summary_writer
 from vlm.chips import published_rate
-from vlm.config import Experiment
+from vlm.config import Experiment, in_phase
 from vlm.data.faults import BadSamples
 from vlm.display import clock
 from vlm.errors import TrainingError
@@ -42,6 +42,7 @@ class Logs:
         first_step: int,
         total_steps: int,
         callbacks: RunCallbacks | None = None,
+        experiment: Experiment | None = None,
     ):
         self._every, self._skipped = run.experiment.log_every, 0  # steps in a row
         self._first, self._total = first_step, total_steps
@@ -49,17 +50,19 @@ class Logs:
         self._in_flight: list[tuple[int, dict[str, jax.Array]]] = []
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # for the next row
         self._activity, self._callbacks = activity, callbacks
-        self.set_phase(run.experiment)
+        self._counts: ExampleCounts | None = None  # with a selection
+        experiment = experiment or run.experiment
+        self.set_phase(experiment, first_step)
         self._primary = jax.process_index() == 0
         self._file: IO[str] | None = None
         self._board: Any = None
         self._seconds_before = 0.0  # seconds before the run was resumed
-        self._counts: ExampleCounts | None = None  # with a selection
         if self._primary:
             rows = read_log(run)
             self._seconds_before = max((row.get("seconds", 0.0) for row in rows), default=0.0)
             self._file = _reopen(run, sync, [r for r in rows if r["step"] <= first_step])
-            if experiment.selection is not None:
+            phases = range(len(run.experiment.phases) + 1)
+            if any(in_phase(run.experiment, number).selection for number in phases):
                 self._counts = ExampleCounts(experiment, rows, first_step)
             self._board = summary_writer(str(sync.local / "tensorboard"), first_step)
         self._progress = Progress(
@@ -88,12 +91,15 @@ class Logs:
     def set_phase(
         self,
         e: Experiment,
+        step: int,
         supervision: Supervision = PAIRS_ALONE,
         samples: BadSamples | None = None,
         row: dict[str, int] | None = None,
     ) -> None:
-        """Set what the steps that follow are: an experiment, and values of their rows in `row`."""
+        """Set the experiment of the steps after `step`, and values of their rows in `row`."""
         self._batch_size, self._samples, self._phase = e.batch_size, samples, row or {}
+        if self._counts is not None:
+            self._counts.set_phase(e, step)
         self._stop = e.optimizer.on_nonfinite == "stop"
         self._most_skipped = e.optimizer.max_skipped_in_a_row
         # Of the whole mesh; None with a resolution schedule, whose steps differ.

@@ -221,13 +221,14 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                 first_step=step,
                 total_steps=total,
                 callbacks=callbacks,
+                experiment=phases.experiment,
             )
             stack.enter_context(logs)
             profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
 
             def log_phase() -> None:
                 supervision, samples = phases.trainer.supervision, phases.batches.bad
-                logs.set_phase(phases.experiment, supervision, samples, phases.log_row())
+                logs.set_phase(phases.experiment, step, supervision, samples, phases.log_row())
 
             def save() -> None:
                 logs.flush()

@@ -95,6 +95,11 @@ class ExampleCounts:
         uniform = {"step": step, SEEN: step * e.batch_size, TRAINED: step * e.batch_size}
         self._last = counted[-1] if counted else uniform
 
+    def set_phase(self, e: Experiment, step: int) -> None:
+        """Count the steps after `step` as those of another experiment."""
+        self._last = {"step": step, **self.at(step)}
+        self._seen, self._trained = e.super_batch_size, e.batch_size
+
     def at(self, step: int) -> dict[str, int]:
         """Return both counts after `step` steps."""
         steps, last = step - self._last["step"], self._last
