@@ -125,6 +125,16 @@ def test_what_is_needed_is_fetched_once(hub, get, golden):
     assert hub.requests(name) == []
 
 
+def test_modules_of_sentence_transformers_are_fetched_with_their_folders(hub, get, tmp_path):
+    folder = tmp_path / "st"
+    shutil.copytree(GOLDEN / "hf_clip", folder / "0_CLIPModel")
+    (folder / "modules.json").write_text('[{"path": "0_CLIPModel", "type": "m.CLIPModel"}]')
+    hub.put("st/clip", folder)
+    assert get("st/clip") == digest(GOLDEN / "hf_clip")
+    assert not any(file.endswith(".npz") for file in hub.downloaded("st/clip"))
+    assert get("st/clip", offline=True) == digest(GOLDEN / "hf_clip")
+
+
 def test_shards_of_pytorch_files(hub, get):
     hub.put("some/bin", GOLDEN / "hf_clip", GOLDEN / "hf_clip_bin", model__safetensors=None)
     assert get("some/bin") == digest(GOLDEN / "hf_clip")

@@ -36,19 +36,35 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, damaged, too large, nested too deep, or no object.
     """
+    values = _read(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no object of fields: download it again")
+    return values
+
+
+def read_list(path: epath.Path) -> list[Any]:
+    """Read the list in a JSON file.
+
+    Raises:
+        CheckpointError: as `read_json`, or no list.
+    """
+    values = _read(path)
+    if not isinstance(values, list):
+        raise CheckpointError(f"{path} holds no list: download it again")
+    return values
+
+
+def _read(path: epath.Path) -> Any:
     try:
         if (length := path.stat().length) > _MAX_FILE:
             raise CheckpointError(
                 f"{path} has {length:,} bytes, which no file of settings has: download it again"
             )
-        values = parse(path.read_text())
+        return parse(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no object of fields: download it again")
-    return values
 
 
 def read_json_of_format(path: epath.Path, newest: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from vlm.weights import (
     catalogue,
     huggingface,
     open_clip,
+    sentence_transformers,
     timm_folders,
     transformers_folders,
 )
@@ -33,7 +34,7 @@ _UNRECORDED = (
 )
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Files that identify the model. The first that a repository has is downloaded before all others.
-_CONFIGS = (BUNDLE_FILE, "config.json", "open_clip_config.json")
+_CONFIGS = (BUNDLE_FILE, "config.json", "open_clip_config.json", sentence_transformers.MODULES)
 _INPUTS = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -160,11 +161,16 @@ def _fetch(name: str, revision: str | None, pin: Pin | None) -> tuple[epath.Path
             inputs.remove("tokenizer.model")  # the source of tokenizer.json
         with _without_progress_bars():  # small files
             folder = [epath.Path(fetch(file)).parent for file in (*configs, *inputs)][-1]
+            modules = sentence_transformers.modules(folder, sizes.keys(), (*_CONFIGS, *_INPUTS))
+            for file in modules.settings:
+                fetch(file)
             # Weights come last: no copy has weights without their config.
-            file = _weights(name, folder, sizes.keys())
+            beside = [f.removeprefix(modules.root) for f in sizes if f.startswith(modules.root)]
+            file = modules.root + _weights(name, folder / modules.root, beside, modules.of_text)
             files = [file]
             if file.endswith(".index.json"):
-                files = [shard.name for shard in shards(epath.Path(fetch(file)))]
+                files = [modules.root + s.name for s in shards(epath.Path(fetch(file)))]
+            files += modules.weights
         if any(not (folder / file).exists() for file in files):
             _announce(name, about, sum(sizes.get(file) or 0 for file in files))
         for file in files:
@@ -233,8 +239,10 @@ def _without_progress_bars() -> Iterator[None]:
             utils.enable_progress_bars()
 
 
-def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
+def _weights(name: str, folder: epath.Path, files: Collection[str], of_text: bool) -> str:
     """Return the name of the weights file, or of its index, that `open_checkpoint` reads.
+
+    `of_text` is for a text encoder of sentence-transformers.
 
     Raises:
         CheckpointError: vlm does not have the architecture, or there are no weights.
@@ -244,7 +252,9 @@ def _weights(name: str, folder: epath.Path, files: Collection[str]) -> str:
     elif "config.json" in files and transformers_folders.is_of_transformers(folder, files):
         # Check the architecture before downloading the weights.
         values = read_json(folder / "config.json")
-        if timm_folders.describes(values):
+        if of_text:
+            sentence_transformers.check_encoder(values, f"config.json of {name}")
+        elif timm_folders.describes(values):
             timm_folders.check_name(values, f"config.json of {name}")
         else:
             transformers_folders.model_config(values, f"config.json of {name}")

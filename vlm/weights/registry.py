@@ -22,6 +22,7 @@ from vlm.weights import (
     openai,
     openvision,
     peft,
+    sentence_transformers,
     state_dict,
     timm_folders,
     tips_npz,
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 FAMILIES = (
     bundle_format,
+    sentence_transformers,
     timm_folders,
     transformers_folders,
     openvision,

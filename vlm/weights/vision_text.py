@@ -113,9 +113,19 @@ def _part(
 
 
 def _text(given: dict[str, Any], kind: str, where: str) -> TextConfig:
+    if kind != "clip_text_model":
+        return bert_text(given, kind, where)
     text = huggingface.fields_of_tower(given, TEXTS[kind], where)
-    if kind == "clip_text_model":
-        return huggingface.clip_text(text, "clip", where)
+    return huggingface.clip_text(text, "clip", where)
+
+
+def bert_text(given: dict[str, Any], kind: str, where: str) -> TextConfig:
+    """Configuration of a BERT or RoBERTa with its pooler, from the fields `given`.
+
+    Raises:
+        CheckpointError: an option that vlm does not support, or a field of another type or size.
+    """
+    text = huggingface.fields_of_tower(given, TEXTS[kind], where)
     pad_id = text["pad_token_id"]
     for field, plain in (("position_embedding_type", "absolute"), ("is_decoder", False)):
         choice(given.get(field, plain), (plain,), f"{where}.{field}")
