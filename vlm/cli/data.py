@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from vlm._deprecation import warn
-from vlm.cli import options
-from vlm.cli.model import chosen_model
+from vlm.cli import options, runtime
+from vlm.cli.model import chosen_model, load_model
 from vlm.cli.parse import UsageError
 
 Source = Annotated[
@@ -165,7 +165,19 @@ def prepare(
     short_side: int | None = None,
     quality: int = 92,
     deduplicate: bool = False,
+    near_duplicates: int | None = None,
+    max_similarity: float | None = None,
+    model: options.ModelOption = None,
+    against: str | None = None,
+    against_split: str = "test",
+    against_image: str = "image",
     min_side: int = 0,
+    max_aspect: float | None = None,
+    min_words: int = 0,
+    min_characters: int = 0,
+    max_characters: int | None = None,
+    languages: tuple[str, ...] = (),
+    language_model: str | None = None,
     split: Split = "train",
     image: ImageFeature = "image",
     captions: Captions = ("caption",),
@@ -177,11 +189,12 @@ def prepare(
     """Write a data set as shards: resized, deduplicated, filtered, with checksums.
 
     An interrupted command resumes when it is run again; with --beam it restarts. All features are
-    kept under their names.
+    kept under their names. The number of examples that each filter left out is printed, and stored
+    in OUT/totals.json.
 
     Examples:
-      vlm data prepare photos/ shards/ --short-side 512 --deduplicate
-      vlm data prepare 'raw/{000..099}.tar' shards/ --filters 'aesthetic>=5' 'language=en,de'
+      vlm data prepare photos/ shards/ --short-side 512 --near-duplicates 4 --against evals/
+      vlm data prepare 'raw/{000..099}.tar' shards/ --filters 'aesthetic>=5' --languages en de
       vlm data prepare imagenet/ evals/imagenet1k --split val --label label --format clip_benchmark
       vlm data prepare 'raw/{000..099}.tar' shards/ --beam runner=FlinkRunner flink_master=host:8081
 
@@ -193,8 +206,23 @@ def prepare(
         short_side: length of the short side in pixels; larger images are reduced, and saved as
             JPEG. None: images are kept as they are.
         quality: quality of those JPEG files, from 1 to 100.
-        deduplicate: skip images that look like an earlier one.
+        deduplicate: skip images that look the same as an earlier one.
+        near_duplicates: skip images whose 64-bit perceptual hash differs from that of an earlier
+            one in at most this many bits; 4 finds resized and re-encoded copies. None: keep them.
+        max_similarity: skip images whose embedding by --model has at least this cosine with an
+            earlier one, such as 0.95. None: keep them.
+        against: an evaluation set, as data.source: skip images that one of the three options above
+            finds in it. Of a folder with images, all are used.
+        against_split: name of its split.
+        against_image: its feature with the image.
         min_side: smallest side in pixels; smaller images are skipped.
+        max_aspect: largest ratio of long to short side; other images are skipped.
+        min_words: skip examples whose captions all have fewer words.
+        min_characters: skip examples whose captions all have fewer characters.
+        max_characters: skip examples whose captions all have more characters.
+        languages: codes such as en; skip examples with no caption in one of them (extra
+            `language`: lid.176 of fastText).
+        language_model: file of another fastText model of languages.
         filters: conditions such as 'score>=0.3', 'score<=9' or 'language=en,de'.
     """
     from vlm.cli.terminal import counter, print_status
@@ -203,17 +231,51 @@ def prepare(
     from vlm.data.prepare import prepare as write
     from vlm.inputs.preprocess import Preprocess
 
+    if model is not None and max_similarity is None:
+        raise UsageError("--model is for --max-similarity: set both, or neither")
     kept = tuple(map(_filter, filters))
     fields = {"image": image, "captions": captions, "label": label, "data_dir": data_dir}
     config = _config(source, split, filters=kept, **fields)
-    wanted = Preparation(format, examples, short_side, quality, deduplicate, min_side)
+    wanted = Preparation(
+        format,
+        examples,
+        short_side,
+        quality,
+        deduplicate,
+        min_side,
+        max_aspect=max_aspect,
+        min_words=min_words,
+        min_characters=min_characters,
+        max_characters=max_characters,
+        languages=languages,
+        language_model=language_model,
+        near_duplicates=near_duplicates,
+        max_similarity=max_similarity,
+        against=against,
+        against_split=against_split,
+        against_image=against_image,
+    )
     if beam:
         from vlm.data.beam import prepare as write_on_beam
 
         done = write_on_beam(config, split, out, wanted, beam)
     else:
+        embedder = None
+        if max_similarity is not None:
+            from vlm.heads.similar_images import ImageEmbedder
+
+            runtime.prepare_inference()
+            embedder = ImageEmbedder(load_model(model, tower="vision"), max_similarity)
         with counter("preparing") as report:
-            done = write(config, split, out, wanted, Preprocess(PreprocessConfig()), report=report)
+            done = write(
+                config,
+                split,
+                out,
+                wanted,
+                Preprocess(PreprocessConfig()),
+                embedder=embedder,
+                report=report,
+            )
     skipped = ", ".join(f"{count:,} {kind}" for kind, count in done["left_out"].items())
     print(
         f"{done['examples']:,} examples in {done['shards']:,} shards in {out} "

@@ -124,4 +124,4 @@ def serialize(example: Example) -> bytes:
         else:
             encoded = (v if isinstance(v, bytes) else str(v).encode() for v in values)
             feature.bytes_list.value.extend(encoded)
-    return message.SerializeToString()
+    return message.SerializeToString(deterministic=True)  # the order of a map is random else

@@ -1,8 +1,9 @@
 """`vlm data prepare` on Apache Beam: many machines write shards that are equal byte for byte.
 
 Workers open the source by its config and process ranges of it. Results are sent in chunks, numbered
-in the order of the source. Duplicates are grouped by key. The counts of all chunks determine the
-shard of every example, independent of the worker.
+in the order of the source. Equal images are grouped by key; near duplicates, which depend on all
+images before, are found by one worker from their signatures. The counts of all chunks determine
+the shard of every example, independent of the worker.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import io
 import itertools
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
@@ -19,13 +21,17 @@ from vlm.config import DataConfig, PreprocessConfig
 from vlm.data import prepare as plain
 from vlm.data.example_reader import ExampleReader
 from vlm.data.faults import BadSample
-from vlm.data.prepare import Preparation, PreparedExample
+from vlm.data.near_duplicates import EqualIndex, Signatures
+from vlm.data.prepare_example import Preparation, PreparedExample, make
+from vlm.data.shard_writer import ShardWriter
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.preprocess import Preprocess
 
 CHUNK = 256  # examples per chunk
 
 Place = tuple[int, int]  # of a chunk: range of the source, number in it
+# Examples read, result, next read position.
+Row = tuple[int, PreparedExample | BadSample, list[int]]
 Item = tuple[PreparedExample | BadSample, list[int]]  # a result, and the next example's place
 
 
@@ -74,6 +80,11 @@ def prepare(
             failed.
         ConfigError: invalid sizes, or options that Beam rejects.
     """
+    if wanted.max_similarity is not None:
+        raise ConfigError(
+            "max_similarity compares each embedding with all earlier ones, in order, which is not "
+            "possible on Beam: go on without --beam, or use near_duplicates"
+        )
     made = pipeline(options)
     import apache_beam as beam
 
@@ -89,18 +100,22 @@ def prepare(
             | "to all workers" >> beam.Reshuffle()
             | "make" >> beam.FlatMap(lambda part: _chunks(part, config, split, wanted))
         )
-        if wanted.deduplicate:
+        if wanted.near_duplicates is not None or wanted.against is not None:
+            skipped = (
+                chunks
+                | "signatures" >> beam.FlatMap(_signatures)
+                | "all signatures" >> beam.combiners.ToList()
+                | "in order" >> beam.FlatMap(lambda rows: _duplicates(rows, folder, wanted))
+            )
+            chunks = _leave_out(chunks, skipped)
+        elif wanted.deduplicate:
             repeated = (
                 chunks
                 | "duplicate keys" >> beam.FlatMap(_duplicate_keys)
                 | "by duplicate key" >> beam.GroupByKey()
                 | "all but the first" >> beam.FlatMap(_repeated)
             )
-            chunks = (
-                {"items": chunks, "repeated": repeated}
-                | "by chunk" >> beam.CoGroupByKey()
-                | "without duplicates" >> beam.Map(_without_duplicates)
-            )
+            chunks = _leave_out(chunks, repeated)
         starts = (
             chunks
             | "count" >> beam.Map(_counts)
@@ -144,30 +159,60 @@ def _chunks(
         batch = list(itertools.islice(reads, CHUNK))
         if not batch:
             return
-        items = [(plain.make(r.example, config, wanted, preprocess), r.after) for r in batch]
+        items = [(make(r.example, config, wanted, preprocess), r.after) for r in batch]
         yield (place[0], number), items
+
+
+def _signatures(
+    chunk: tuple[Place, list[Item]],
+) -> Iterator[tuple[Place, int, Signatures]]:
+    """Yield the place of each image, with its signatures."""
+    place, items = chunk
+    for row, (result, _) in enumerate(items):
+        if isinstance(result, PreparedExample):
+            yield place, row, result.signatures
 
 
 def _duplicate_keys(chunk: tuple[Place, list[Item]]) -> Iterator[tuple[bytes, tuple[Place, int]]]:
     """Yield the place of each image, by its duplicate key."""
-    place, items = chunk
-    for row, (result, _) in enumerate(items):
-        if isinstance(result, PreparedExample):
-            yield result.duplicate_key, (place, row)
+    for place, row, signatures in _signatures(chunk):
+        yield signatures[EqualIndex.name], (place, row)
 
 
-def _repeated(found: tuple[bytes, Any]) -> Iterator[tuple[Place, int]]:
+def _repeated(found: tuple[bytes, Any]) -> Iterator[tuple[Place, tuple[int, BadSample]]]:
     """Yield all but the first of the places of one image."""
-    places = sorted(found[1])
-    yield from places[1:]
+    duplicate = BadSample(EqualIndex.kind, "", f"{EqualIndex.kind} of an earlier image")
+    for place, row in sorted(found[1])[1:]:
+        yield place, (row, duplicate)
 
 
-def _without_duplicates(joined: tuple[Place, dict[str, Any]]) -> tuple[Place, list[Item]]:
+def _duplicates(
+    rows: list[tuple[Place, int, Signatures]], folder: epath.Path, wanted: Preparation
+) -> Iterator[tuple[Place, tuple[int, BadSample]]]:
+    """Yield the images that `SeenImages` skips; each depends on all images before it."""
+    with ThreadPoolExecutor() as pool:
+        seen = plain.seen_images(folder, wanted, [], Preprocess(PreprocessConfig()), None, pool)
+    for place, row, signatures in sorted(rows, key=lambda found: found[:2]):
+        if (fault := seen.fault(signatures)) is not None:
+            yield place, (row, fault)
+
+
+def _leave_out(chunks: Any, skipped: Any) -> Any:
+    """Replace the results at the skipped places by their faults."""
+    import apache_beam as beam
+
+    return (
+        {"items": chunks, "skipped": skipped}
+        | "by chunk" >> beam.CoGroupByKey()
+        | "without duplicates" >> beam.Map(_without)
+    )
+
+
+def _without(joined: tuple[Place, dict[str, Any]]) -> tuple[Place, list[Item]]:
     place, parts = joined
-    (items,), repeated = parts["items"], set(parts["repeated"])
+    (items,), skipped = parts["items"], dict(parts["skipped"])
     return place, [
-        (plain.DUPLICATE if row in repeated else result, next_place)
-        for row, (result, next_place) in enumerate(items)
+        (skipped.get(row, result), next_place) for row, (result, next_place) in enumerate(items)
     ]
 
 
@@ -188,7 +233,7 @@ def _starts(counts: list[tuple[Place, int, int]]) -> dict[Place, tuple[int, int]
 
 def _placed(
     chunk: tuple[Place, list[Item]], starts: dict[Place, tuple[int, int]], examples: int
-) -> Iterator[tuple[int, plain.Row]]:
+) -> Iterator[tuple[int, Row]]:
     """Yield each example with its shard and number; a skipped one counts to the next shard."""
     place, items = chunk
     read, kept = starts[place]
@@ -202,6 +247,8 @@ def _write(
     shard: tuple[int, Any], folder: epath.Path, split: str, wanted: Preparation
 ) -> dict[str, Any]:
     number, found = shard
-    rows = sorted(found, key=lambda row: row[0])
     unfinished = f".{uuid.uuid4().hex}.part"  # a runner may start one shard twice
-    return plain.write(folder, split, rows, wanted, number, unfinished)
+    writer = ShardWriter(folder, split, wanted, number, unfinished)
+    for read, result, place in sorted(found, key=lambda row: row[0]):
+        writer.add(result, read, place)
+    return plain.complete_shard(writer, folder, plain.indexes_of(wanted))

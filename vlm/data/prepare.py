@@ -6,76 +6,52 @@ CLIP_benchmark's layout keeps the class, or all captions: see `vlm.data.clip_ben
 
 Each shard is written under a temporary name and renamed when complete, with a line in
 `manifest.jsonl`: its number of examples, length, SHA-256, the skipped samples, and the read
-position of the next shard. A run that was stopped continues after the last line.
+position of the next shard. A run that was stopped continues after the last line. `totals.json` has
+the sums of a finished run, with the number of skipped samples of each filter.
 """
 
 import collections
-import hashlib
-import io
-import itertools
 import json
 import os
-import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from vlm._json import to_json
 from vlm.config import DataConfig
 from vlm.data import array_record
 from vlm.data.clip_benchmark import write_texts
-from vlm.data.dataset_stats import duplicate_key
-from vlm.data.example_reader import ExampleReader, Read
-from vlm.data.examples import Example, captions_of, label_of, passes
+from vlm.data.evaluation_images import open_images
+from vlm.data.example_reader import ExampleReader
 from vlm.data.faults import BadSample
-from vlm.data.members import TEXT
+from vlm.data.near_duplicates import (
+    MAX_DISTANCE,
+    EqualIndex,
+    HashIndex,
+    SeenImages,
+    SignatureIndex,
+    Signatures,
+    load_signatures,
+    signatures_of,
+    write_signatures,
+)
+from vlm.data.prepare_example import Embedder, Preparation, PreparedExample, make
+from vlm.data.quality_filters import check_limits
 from vlm.data.shard_index import beside, write_index
+from vlm.data.shard_writer import NOTE, ShardWriter
 from vlm.data.sources import classes_of, open_source
-from vlm.data.transform_example import open_image_of
 from vlm.errors import ConfigError, DataError
-from vlm.inputs.opening import extension_of
 from vlm.inputs.preprocess import Preprocess
 from vlm.paths import as_path, is_remote
 
-MANIFEST, NOTE = "manifest.jsonl", "preparation.json"
-_HASHES = "hashes"  # of written images, to detect duplicates after a resume
-_BATCH = 64  # examples in the thread pool
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """Settings of a preparation."""
-
-    form: Literal["tar", "array_record", "clip_benchmark"] = "tar"
-    examples: int = 10_000  # of a shard
-    short_side: int | None = None  # pixels; larger images are resized; None keeps the files
-    quality: int = 92  # of resized JPEG files
-    deduplicate: bool = False  # skip images that equal an earlier one
-    min_side: int = 0  # pixels; smaller images are skipped
-
-
-class PreparedExample(NamedTuple):
-    """An example to be written."""
-
-    image: bytes
-    suffix: str
-    features: dict[str, Any]
-    captions: list[str]
-    text: str  # the caption for readers of one caption
-    label: str | None
-    duplicate_key: bytes
-    dropped: tuple[str, ...] = ()  # features that the shard format does not support
-
-
-Row = tuple[
-    int, PreparedExample | BadSample, list[int]
-]  # examples read, result, next read position
-DUPLICATE = BadSample("duplicate", "", "it equals an earlier image")
+MANIFEST, TOTALS = "manifest.jsonl", "totals.json"
+_SIGNATURES = "hashes"  # of written images, to detect duplicates after a resume
+_REFERENCE = "evaluation"  # name of the signatures of the evaluation set
+_AHEAD = 64  # examples in the thread pool
 
 
 def prepare(
@@ -85,6 +61,7 @@ def prepare(
     wanted: Preparation,
     preprocess: Preprocess,
     *,
+    embedder: Embedder | None = None,
     report: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write the examples of a split as shards into folder `out`, or resume a preparation.
@@ -92,48 +69,112 @@ def prepare(
     `report` is called with the number of examples read and the total. Returns totals: shards,
     examples, bytes, skipped samples by kind, and dropped features by name.
 
+    Args:
+        embedder: model for `wanted.max_similarity`.
+
     Raises:
         DataError: the source cannot be opened, or `out` has other files.
-        ConfigError: invalid sizes.
+        ConfigError: invalid settings.
     """
     source = ExampleReader(config, split)
-    folder, done = begin(config, split, out, wanted)
+    folder, done = begin(config, split, out, wanted, embedder)
     place, read = (done[-1]["next"], done[-1]["read"]) if done else (None, 0)
-    earlier = done if wanted.deduplicate else []
-    seen = {key for line in earlier for key in _duplicate_keys(folder, line["shard"])}
-    rows: list[Row] = []
-    kept = 0
-
-    def finish_shard() -> None:
-        done.append(write(folder, split, rows, wanted, len(done)))
-        append_to_manifest(folder, done[-1:])
-
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for result, next_place in _in_parallel(
-            source.read(place), pool, config, wanted, preprocess
-        ):
-            read += 1
-            if isinstance(result, PreparedExample):
-                if wanted.deduplicate and result.duplicate_key in seen:
-                    result = DUPLICATE
-                else:
-                    kept += 1
-                    if wanted.deduplicate:
-                        seen.add(result.duplicate_key)
-            rows.append((read, result, next_place))
-            if kept == wanted.examples:
-                finish_shard()
-                rows, kept = [], 0
-            if read % 256 == 0:
-                report(read, source.count)
-    if rows:
-        finish_shard()
+        seen = seen_images(folder, wanted, done, preprocess, embedder, pool)
+        results = _Lookahead(
+            in_parallel(
+                pool,
+                lambda read: (make(read.example, config, wanted, preprocess, embedder), read.after),
+                source.read(place),
+            ),
+            embedder,
+            seen,
+        )
+        writer: ShardWriter | None = None
+        try:
+            for result, next_place in results:
+                read += 1
+                writer = writer or ShardWriter(folder, split, wanted, len(done))
+                if isinstance(result, PreparedExample):
+                    result = seen.fault(result.signatures) or result
+                writer.add(result, read, next_place)
+                if writer.examples == wanted.examples:
+                    done.append(finish_shard(writer, folder, seen.kept))
+                    writer = None
+                    results.restart()
+                if read % 256 == 0:
+                    report(read, source.count)
+            if writer is not None:
+                done.append(finish_shard(writer, folder, seen.kept))
+        finally:
+            if writer is not None:
+                writer.close()
     report(read, source.count)
     return finish(folder, split, wanted, done)
 
 
+class _Lookahead:
+    """Results in order, embedded in batches before they are needed.
+
+    Batches begin anew with each shard, so that a resumed run has the same ones.
+    """
+
+    def __init__(
+        self,
+        results: Iterator[tuple[PreparedExample | BadSample, list[int]]],
+        embedder: Embedder | None,
+        seen: SeenImages,
+    ):
+        self._results, self._embedder, self._seen = results, embedder, seen
+        self._pending: collections.deque[tuple[PreparedExample | BadSample, list[int]]] = (
+            collections.deque()
+        )
+        self._embedded = 0  # of the pending results
+
+    def __iter__(self) -> Iterator[tuple[PreparedExample | BadSample, list[int]]]:
+        if self._embedder is None:
+            yield from self._results
+            return
+        while True:
+            if not self._embedded and not self._embed(self._embedder):
+                return
+            self._embedded -= 1
+            yield self._pending.popleft()
+
+    def restart(self) -> None:
+        """Begin a new batch with the next result."""
+        self._embedded = 0
+
+    def _embed(self, embedder: Embedder) -> bool:
+        """Embed the next batch; return whether there are more results."""
+        good = sum(isinstance(result, PreparedExample) for result, _ in self._pending)
+        while good < embedder.batch_size and (item := next(self._results, None)):
+            self._pending.append(item)
+            good += isinstance(item[0], PreparedExample)
+        chosen = [
+            (number, result, place)
+            for number, (result, place) in enumerate(self._pending)
+            if isinstance(result, PreparedExample)
+        ]
+        self._embedded = len(self._pending)
+        if chosen:
+            index = self._seen.kept[-1]
+            found = embedder.embed(
+                [result.pixels for _, result, _ in chosen if result.pixels is not None]
+            )
+            for (number, result, place), z in zip(chosen, found, strict=True):
+                signatures = result.signatures | {index.name: z}
+                self._pending[number] = result._replace(signatures=signatures), place
+            self._seen.expect(index.name, found)
+        return bool(self._pending)
+
+
 def begin(
-    config: DataConfig, split: str, out: epath.PathLike, wanted: Preparation
+    config: DataConfig,
+    split: str,
+    out: epath.PathLike,
+    wanted: Preparation,
+    embedder: Embedder | None = None,
 ) -> tuple[epath.Path, list[dict[str, Any]]]:
     """Open the folder; return it and the manifest lines of finished shards."""
     if wanted.examples < 1 or not 1 <= wanted.quality <= 100:
@@ -141,12 +182,16 @@ def begin(
             f"a shard of {wanted.examples} examples of quality {wanted.quality} is invalid: give "
             "at least 1 example, and a quality of 1 to 100"
         )
+    check_limits(wanted)
+    _check_comparisons(wanted, embedder)
     if wanted.form == "array_record":
         array_record.check_installed()
     folder = as_path(out)
     if is_remote(folder):
         raise DataError(f"{folder} is in a bucket: prepare into a local folder and copy it there")
-    about = {"source": config.source, "split": split, **asdict(wanted)}
+    about = {"source": config.source, "split": split, **_settings(wanted)}
+    if embedder is not None:
+        about["model"] = embedder.identity
     about |= {"captions": config.captions, "label": config.label, "keep": config.filters}
     names, templates = None, ()
     if wanted.form == "clip_benchmark" and config.label:
@@ -159,6 +204,83 @@ def begin(
     return folder, done
 
 
+def _check_comparisons(wanted: Preparation, embedder: Embedder | None) -> None:
+    distance = wanted.near_duplicates
+    if distance is not None and not 0 <= distance <= MAX_DISTANCE:
+        raise ConfigError(
+            f"near_duplicates {distance} is no distance of hashes: give 0 to {MAX_DISTANCE} bits"
+        )
+    if (wanted.max_similarity is None) != (embedder is None):
+        raise ConfigError("max_similarity and the model of the embeddings go together: set both")
+    if wanted.against is not None and not wanted.compares_images:
+        raise ConfigError(
+            f"against {wanted.against!r} needs a comparison of images: set near_duplicates, "
+            "max_similarity or deduplicate too"
+        )
+
+
+def _settings(wanted: Preparation) -> dict[str, Any]:
+    """Return the settings for the note; later ones only if set, so that older folders resume."""
+    defaults = Preparation()
+    old = ("form", "examples", "short_side", "quality", "deduplicate", "min_side")
+    settings = asdict(wanted)
+    return {k: v for k, v in settings.items() if k in old or v != getattr(defaults, k)}
+
+
+def indexes_of(wanted: Preparation, embedder: Embedder | None = None) -> list[SignatureIndex]:
+    """Return empty indexes for the comparisons of a preparation."""
+    indexes: list[SignatureIndex] = [EqualIndex()] if wanted.deduplicate else []
+    if wanted.near_duplicates is not None:
+        indexes.append(HashIndex(wanted.near_duplicates))
+    return indexes if embedder is None else [*indexes, embedder.index()]
+
+
+def seen_images(
+    folder: epath.Path,
+    wanted: Preparation,
+    done: list[dict[str, Any]],
+    preprocess: Preprocess,
+    embedder: Embedder | None,
+    pool: Executor,
+) -> SeenImages:
+    """Return the images of the finished shards, and of the evaluation set."""
+    kept, stored = indexes_of(wanted, embedder), folder / _SIGNATURES
+    for line in done:
+        if line["file"]:
+            load_signatures(stored, f"{line['shard']:05d}", kept)
+    if wanted.against is None:
+        return SeenImages(kept)
+    reference = indexes_of(wanted, embedder)
+    if not (stored / f"{_REFERENCE}.done").exists():
+        images = open_images(wanted.against, wanted.against_split, wanted.against_image, preprocess)
+        rows: list[Signatures] = []
+        pixels: list[np.ndarray] = []
+
+        def read(image: Callable[[], Image.Image]) -> tuple[Signatures, np.ndarray | None]:
+            opened = image()
+            own = signatures_of(opened, wanted.deduplicate, wanted.near_duplicates is not None)
+            return own, None if embedder is None else embedder.pixels(opened)
+
+        def embed() -> None:
+            if embedder is not None and pixels:
+                name = reference[-1].name
+                for row, z in zip(rows[-len(pixels) :], embedder.embed(pixels), strict=True):
+                    row[name] = z
+                pixels.clear()
+
+        for row, own in in_parallel(pool, read, images):
+            rows.append(row)
+            if embedder is not None and own is not None:
+                pixels.append(own)
+                if len(pixels) == embedder.batch_size:
+                    embed()
+        embed()
+        write_signatures(stored, _REFERENCE, reference, rows)
+        (stored / f"{_REFERENCE}.done").write_text(f"{len(rows)}\n")
+    load_signatures(stored, _REFERENCE, reference)
+    return SeenImages(kept, reference, wanted.against)
+
+
 def finish(
     folder: epath.Path, split: str, wanted: Preparation, done: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -167,113 +289,41 @@ def finish(
     if wanted.form == "clip_benchmark" and files:
         (folder / split / "nshards.txt").write_text(f"{len(files)}\n")
         write_index(files, beside(files))
-    return totals(done)
+    found = totals(done)
+    (folder / TOTALS).write_text(json.dumps(found, indent=2) + "\n")
+    return found
 
 
-def _in_parallel(
-    reads: Iterator[Read],
-    pool: ThreadPoolExecutor,
-    config: DataConfig,
-    wanted: Preparation,
-    preprocess: Preprocess,
-) -> Iterator[tuple[PreparedExample | BadSample, list[int]]]:
-    while batch := list(itertools.islice(reads, _BATCH)):
-        results = pool.map(lambda read: make(read.example, config, wanted, preprocess), batch)
-        yield from zip(results, (read.after for read in batch), strict=True)
+def in_parallel(
+    pool: Executor, function: Callable[[Any], Any], items: Iterator[Any]
+) -> Iterator[Any]:
+    """Apply a function in threads, some items ahead; yield the results in order."""
+    running: collections.deque[Future] = collections.deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) > _AHEAD:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
-def make(
-    example: Example | BadSample, config: DataConfig, wanted: Preparation, preprocess: Preprocess
-) -> PreparedExample | BadSample:
-    """Prepare an example for writing; a `BadSample` means that it is skipped."""
-    if isinstance(example, BadSample):
-        return example
-    if not passes(example, config.filters):
-        return BadSample("filtered", "", "rejected by data.filters")
-    try:
-        captions = captions_of(example, config)
-        image = open_image_of(example, config, preprocess, "an example")
-    except BadSample as fault:
-        return fault
-    if min(image.size) < wanted.min_side:
-        return BadSample("too small", "", f"it has {image.width}x{image.height} pixels")
-    stored = example[config.image]
-    if isinstance(stored, str | os.PathLike):
-        stored = as_path(stored).read_bytes()
-    if wanted.short_side is not None and min(image.size) > wanted.short_side:
-        scale = wanted.short_side / min(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
-        smaller, buffer = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
-        smaller.save(buffer, "JPEG", quality=wanted.quality)
-        data, suffix = buffer.getvalue(), "jpg"
-    else:
-        data, suffix = stored, extension_of(stored)
-    plain = {
-        name: _plain(value)
-        for name, value in example.items()
-        if name != config.image and not name.startswith("\0")
-    }
-    features = {name: value for name, value in plain.items() if _fits(value, wanted)}
-    dropped = tuple(name for name, value in plain.items() if name not in features)
-    text = str(features[TEXT]) if TEXT in config.captions and features.get(TEXT) else captions[0]
-    label = label_of(example, config) if config.label else None
-    key = duplicate_key(image)
-    return PreparedExample(data, suffix, features, captions, text, label, key, dropped)
-
-
-def _plain(value: Any) -> Any:
-    """Convert a NumPy value to Python."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
-
-def _fits(value: Any, wanted: Preparation) -> bool:
-    """Whether the format supports a value: tar any JSON; ArrayRecord texts, numbers, flat lists."""
-    if value is None or isinstance(value, str | int | float):  # bool is an int
-        return True
-    if isinstance(value, list | tuple):
-        flat = wanted.form == "tar" or not any(isinstance(v, list | tuple) for v in value)
-        return flat and all(_fits(v, wanted) for v in value)
-    return wanted.form == "tar" and isinstance(value, dict) and _fits([*value.values()], wanted)
-
-
-def write(
-    folder: epath.Path,
-    split: str,
-    rows: list[Row],
-    wanted: Preparation,
-    number: int,
-    unfinished: str = ".part",
+def finish_shard(
+    writer: ShardWriter, folder: epath.Path, indexes: Sequence[SignatureIndex]
 ) -> dict[str, Any]:
-    """Write shard `number`, if its rows have examples; return its manifest line."""
-    kept = [result for _, result, _ in rows if isinstance(result, PreparedExample)]
-    left_out: collections.Counter[str] = collections.Counter()
-    for _, result, _ in rows:
-        if isinstance(result, BadSample):
-            left_out[result.kind] += result.samples
-    name = {
-        "tar": f"{split}-{number:05d}.tar",
-        "array_record": f"{split}-{number:05d}.array_record",
-        "clip_benchmark": f"{split}/{number}.tar",
-    }[wanted.form]
-    line: dict[str, Any] = {"shard": number, "file": name if kept else None}
-    if kept:
-        part = folder / f"{name}{unfinished}"
-        part.parent.mkdir(exist_ok=True)
-        if wanted.form == "array_record":
-            _write_records(part, kept)
-        else:
-            members = _members if wanted.form == "tar" else _clip_benchmark_members(folder)
-            _write_tar(part, kept, number, members)
-        with open(part, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        line |= {"bytes": part.stat().length, "sha256": digest}
-        os.replace(part, folder / name)
-        keys = folder / _HASHES
-        keys.mkdir(exist_ok=True)
-        (keys / f"{number:05d}").write_bytes(b"".join(k.duplicate_key for k in kept))
-        line |= {"dropped": collections.Counter(name for k in kept for name in k.dropped)}
-    read, _, place = rows[-1]
-    return line | {"examples": len(kept), "left_out": dict(left_out), "read": read, "next": place}
+    """Complete a shard, its signatures and its line of the manifest; return the line."""
+    line = complete_shard(writer, folder, indexes)
+    append_to_manifest(folder, [line])
+    return line
+
+
+def complete_shard(
+    writer: ShardWriter, folder: epath.Path, indexes: Sequence[SignatureIndex]
+) -> dict[str, Any]:
+    """Complete a shard and its signatures; return its line, which is not in the manifest yet."""
+    line = writer.finish()
+    if line["file"] and indexes:
+        write_signatures(folder / _SIGNATURES, f"{writer.number:05d}", indexes, writer.signatures)
+    return line
 
 
 def append_to_manifest(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
@@ -282,52 +332,6 @@ def append_to_manifest(folder: epath.Path, lines: list[dict[str, Any]]) -> None:
         f.writelines(json.dumps(line) + "\n" for line in lines)
         f.flush()
         os.fsync(f.fileno())
-
-
-def _members(item: PreparedExample) -> dict[str, bytes]:
-    """Return the members of an example by suffix; the feature `txt` is the member `.txt`."""
-    fields = {name: value for name, value in item.features.items() if name != TEXT}
-    text = to_json(fields, ensure_ascii=False).encode()
-    return {item.suffix: item.image, TEXT: item.text.encode(), "json": text}
-
-
-def _clip_benchmark_members(folder: epath.Path) -> Callable[[PreparedExample], dict[str, bytes]]:
-    """Return `_members` of CLIP_benchmark's layout: the number of the class, or all captions."""
-    labels = json.loads((folder / NOTE).read_text()).get("labels", ())
-    numbers = {label: i for i, label in enumerate(labels)}
-
-    def members(item: PreparedExample) -> dict[str, bytes]:
-        if item.label is not None:
-            return {item.suffix: item.image, "cls": str(numbers[item.label]).encode()}
-        lines = (" ".join(caption.split()) for caption in item.captions)
-        return {item.suffix: item.image, TEXT: "\n".join(lines).encode()}
-
-    return members
-
-
-def _write_tar(
-    path: epath.Path,
-    kept: list[PreparedExample],
-    number: int,
-    members: Callable[[PreparedExample], dict[str, bytes]],
-) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, item in enumerate(kept):
-            for suffix, data in members(item).items():
-                info = tarfile.TarInfo(f"{number:05d}{i:06d}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
-def _write_records(path: epath.Path, kept: list[PreparedExample]) -> None:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
-    for item in kept:
-        writer.write(
-            array_record.serialize({"caption": item.captions, **item.features, "image": item.image})
-        )
-    writer.close()
 
 
 def _open_folder(folder: epath.Path, about: dict[str, Any]) -> list[dict[str, Any]]:
@@ -361,12 +365,6 @@ def finished(folder: epath.Path) -> list[dict[str, Any]]:
     if complete != path.read_text():
         path.write_text(complete)
     return lines
-
-
-def _duplicate_keys(folder: epath.Path, number: int) -> list[bytes]:
-    path = folder / _HASHES / f"{number:05d}"
-    data = path.read_bytes() if path.exists() else b""
-    return [data[i : i + 8] for i in range(0, len(data), 8)]
 
 
 def totals(lines: list[dict[str, Any]]) -> dict[str, Any]:

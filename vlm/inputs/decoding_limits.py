@@ -22,6 +22,7 @@ _DECODERS = {"WEBP": 18, "AVIF": 20, "HEIF": 20, "QOI": 16, "JPEG2000": 26, "JXL
 _CONVERTED = 8  # the decoded image, at most 4 bytes per pixel, and its RGB version
 
 _SOS, _EOI = 0xDA, 0xD9  # start of scan, end of image
+_SEQUENTIAL = (0xC0, 0xC1)  # start of a frame with Huffman codes that is not progressive
 _START_OF_SCAN = bytes((0xFF, _SOS))
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # not stuffing and not restart markers
 _TILE_WIDTH, _TILE_LENGTH, _STRIP_ROWS, _SAMPLE_BITS = 322, 323, 278, 258  # TIFF tags
@@ -97,15 +98,22 @@ def check_decoding(
 def count_scans(data: bytes, most: int) -> int:
     """Count the scans of the first image in a JPEG file, up to `most`.
 
-    Previews inside of segments do not count, nor images behind the first.
+    Previews inside of segments do not count, nor images behind the first. If the first scan of a
+    sequential frame has all components, libjpeg refuses another one. Then the rest of the file,
+    which is nearly all of it, is not searched.
     """
     scans, at, following = 0, 2, data.find(_START_OF_SCAN)
+    components = b""
     while scans < most and following >= 0:  # in most files until the only scan begins
         marker = _MARKER.search(data, at)
         if marker is None or (code := marker[1][0]) == _EOI:
             break
         scans += code == _SOS
         at = marker.end()
+        if code in _SEQUENTIAL:
+            components = data[at + 7 : at + 8]
+        elif code == _SOS and components and data[at + 2 : at + 3] == components:
+            return 1
         if not 0xD0 <= code <= 0xD8 and code != 0x01:  # all others are segments with a length
             at += max(2, int.from_bytes(data[at : at + 2], "big"))
         if following < at:
