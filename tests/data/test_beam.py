@@ -62,11 +62,32 @@ def test_shards_from_beam_are_those_of_one_process(tmp_path, monkeypatch, form, 
         beam.prepare(config, "train", tmp_path / "beam", wanted, LOCAL)
 
 
+@pytest.mark.parametrize("against", [False, True])
+def test_near_duplicates_on_beam_are_those_of_one_process(tmp_path, monkeypatch, against):
+    monkeypatch.setattr(beam, "CHUNK", 4)
+    preprocess = Preprocess(PreprocessConfig())
+    config = DataConfig(str(spoilt(tmp_path / "data")), eval_split=None)
+    wanted = Preparation(examples=7, near_duplicates=15, min_words=2, deduplicate=True)
+    if against:
+        (tmp_path / "evals").mkdir()
+        for number in (0, 30):
+            (tmp_path / "evals" / f"{number}.jpg").write_bytes(kinds.jpeg(number))
+        wanted = dataclasses.replace(wanted, against=str(tmp_path / "evals"))
+    totals = plain.prepare(config, "train", tmp_path / "plain", wanted, preprocess)
+    assert beam.prepare(config, "train", tmp_path / "beam", wanted, LOCAL) == totals
+    assert files(tmp_path / "beam") == files(tmp_path / "plain")
+    assert totals["left_out"]["duplicate"] == 3
+    assert totals["left_out"].get("in evaluation set", 0) >= 2 * against
+    wanted = dataclasses.replace(wanted, max_similarity=0.9)
+    with pytest.raises(ConfigError, match="not possible on Beam: go on without --beam"):
+        beam.prepare(config, "train", tmp_path / "new", wanted, LOCAL)
+
+
 def test_a_worker_that_fails_is_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise RuntimeError("as runners pass it on:\nOSError: no space left on device")
 
-    monkeypatch.setattr(plain, "_write_tar", full)
+    monkeypatch.setattr(beam.ShardWriter, "add", full)
     config = DataConfig(str(spoilt(tmp_path / "data")), eval_split=None)
     with pytest.raises(DataError, match=r"^a worker of .* \(.*no space left on device.*\)$"):
         beam.prepare(config, "train", tmp_path / "beam", Preparation(), LOCAL)

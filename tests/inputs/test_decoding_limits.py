@@ -134,3 +134,21 @@ def test_the_memory_of_every_format_is_within_its_estimate():
     line = [sys.executable, str(SCRIPT), "--width", "4000", "--height", "3000"]
     done = subprocess.run(line, check=False, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_a_sequential_file_has_one_scan_if_the_first_has_all_components(photo):
+    one = saved(photo, "JPEG")
+    scan = one[one.rindex(b"\xff\xda") :]
+    longer = one[:-2] + 50 * scan  # libjpeg refuses a second scan, or never reads it
+    assert count_scans(longer, 99) == 1
+    start = time.process_time()
+    try:
+        opened = open_image(longer)
+        assert (np.asarray(opened) == np.asarray(open_image(one))).all()
+    except DataError:
+        pass
+    assert time.process_time() - start < 1
+    # A scan of one of three components promises more of them.
+    header = one.rindex(b"\xff\xda")
+    split = one[: header + 4] + b"\x01" + one[header + 5 : -2] + 5 * scan
+    assert count_scans(split, 99) > 1

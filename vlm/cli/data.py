@@ -193,7 +193,7 @@ def prepare(
     in OUT/totals.json.
 
     Examples:
-      vlm data prepare photos/ shards/ --short-side 512 --near-duplicates 4 --against evals/
+      vlm data prepare photos/ shards/ --short-side 512 --near-duplicates 6 --against evals/
       vlm data prepare 'raw/{000..099}.tar' shards/ --filters 'aesthetic>=5' --languages en de
       vlm data prepare imagenet/ evals/imagenet1k --split val --label label --format clip_benchmark
       vlm data prepare 'raw/{000..099}.tar' shards/ --beam runner=FlinkRunner flink_master=host:8081
@@ -208,7 +208,8 @@ def prepare(
         quality: quality of those JPEG files, from 1 to 100.
         deduplicate: skip images that look the same as an earlier one.
         near_duplicates: skip images whose 64-bit perceptual hash differs from that of an earlier
-            one in at most this many bits; 4 finds resized and re-encoded copies. None: keep them.
+            one in at most this many bits; 6 finds most resized and re-encoded photographs. None:
+            keep them.
         max_similarity: skip images whose embedding by --model has at least this cosine with an
             earlier one, such as 0.95. None: keep them.
         against: an evaluation set, as data.source: skip images that one of the three options above

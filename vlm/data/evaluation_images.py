@@ -38,7 +38,7 @@ def open_images(
     if paths:
         return
     config = DataConfig(
-        source, train_split=split, eval_split=None, image=image, captions=(image,), filters=()
+        source, train_split=split, eval_split=None, image=image, captions=(), label=image
     )
     count = 0
     for read in ExampleReader(config, split).read():

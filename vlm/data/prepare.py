@@ -116,7 +116,7 @@ def prepare(
 class _Lookahead:
     """Results in order, embedded in batches before they are needed.
 
-    Batches begin anew with each shard, so that a resumed run has the same ones.
+    A batch never spans two shards, so that a resumed run has the same ones.
     """
 
     def __init__(

@@ -98,17 +98,17 @@ def make(
         return fault
     if (fault := size_fault(*image.size, wanted)) is not None:
         return fault
+    data = example[config.image]
     if wanted.short_side is not None and min(image.size) > wanted.short_side:
         scale = wanted.short_side / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
-        smaller, buffer = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
-        smaller.save(buffer, "JPEG", quality=wanted.quality)
-        data, suffix = buffer.getvalue(), "jpg"
-    else:
-        data = example[config.image]
-        if isinstance(data, str | os.PathLike):
-            data = as_path(data).read_bytes()
+        smaller = image.resize(size, Image.Resampling.LANCZOS)
+        data, suffix = _encoded(smaller, "JPEG", quality=wanted.quality), "jpg"
+    elif isinstance(data, bytes | str | os.PathLike):
+        data = data if isinstance(data, bytes) else as_path(data).read_bytes()
         suffix = extension_of(data)
+    else:  # an image or array of Python
+        data, suffix = _encoded(image, "PNG"), "png"
     plain = {
         name: _plain(value)
         for name, value in example.items()
@@ -123,6 +123,12 @@ def make(
     return PreparedExample(
         data, suffix, features, captions, text, label, signatures, dropped, pixels
     )
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
 
 
 def _plain(value: Any) -> Any:

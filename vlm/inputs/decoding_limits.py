@@ -112,7 +112,7 @@ def count_scans(data: bytes, most: int) -> int:
         at = marker.end()
         if code in _SEQUENTIAL:
             components = data[at + 7 : at + 8]
-        elif code == _SOS and components and data[at + 2 : at + 3] == components:
+        elif code == _SOS and scans == 1 and data[at + 2 : at + 3] == components != b"":
             return 1
         if not 0xD0 <= code <= 0xD8 and code != 0x01:  # all others are segments with a length
             at += max(2, int.from_bytes(data[at : at + 2], "big"))
