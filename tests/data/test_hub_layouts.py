@@ -247,3 +247,54 @@ def test_a_local_folder_of_img2dataset(tmp_path):
     kinds.tars_beside_tables(tmp_path)
     assert kind_of(f"{tmp_path}/") == "tar"
     assert captions(f"{tmp_path}/", "train") == pictures(*range(kinds.COUNT))
+
+
+def test_a_stream_without_the_image_names_it(connected):
+    source = put(connected, SHARDED)
+    config = DataConfig(source, image="img", eval_split=None)
+    with pytest.raises(DataError) as caught:
+        train_batches(config, PREPROCESS, TOKENIZER, batch_size=2, seed=0)
+    assert str(caught.value).endswith(
+        "has no feature 'img' that data.image names: it has caption, image/bytes, image/path, "
+        "score: set data.image to 'image'"
+    )
+
+
+def test_a_gated_data_set_by_name(connected):
+    connected.put("datasets/me/gated2").gated = True
+    connected.commit("datasets/me/gated2", SHARDED, "main")
+    assert fails("hf://datasets/me/gated2") == (
+        "hf://datasets/me/gated2 asks for your consent: accept its terms at "
+        f"{connected.url}/datasets/me/gated2, and log in with `hf auth login` or HF_TOKEN"
+    )
+    assert "is not on the Hub: check the name" in fails("hf://datasets/me/nothing")
+    assert "has no such revision on the Hub" in fails(f"{put(connected, SHARDED)}@v9")
+
+
+def test_many_configs_are_not_all_listed(connected):
+    files = {f"c{n}/a.parquet": parquet(n) for n in range(20)}
+    readme = "configs:\n" + "".join(
+        f"- config_name: c{n}\n  data_files: c{n}/*\n" for n in range(20)
+    )
+    message = fails(put(connected, files, readme=readme))
+    assert "c10, c11 and 8 more: name one of them, as in hf://datasets/me/set/c0" in message
+
+
+def test_a_stream_resumes_exactly(connected):
+    files = {
+        f"data/train-0000{n}-of-00003.parquet": parquet(*range(9 * n, 9 * n + 9)) for n in range(3)
+    }
+    config = DataConfig(put(connected, files), eval_split=None, interleave=3, prefetch=0)
+    whole = train_batches(config, PREPROCESS, TOKENIZER, batch_size=3, seed=0)
+    seen, states = [], []
+    for _ in range(18):
+        states.append(json.loads(json.dumps(whole.get_state())))
+        seen.append(kinds.numbers_of(next(whole)))
+    whole.close()
+    for epoch in (seen[:9], seen[9:]):
+        assert sorted(itertools.chain(*epoch)) == list(range(27))
+    layouts._on_hub.cache_clear()
+    again = train_batches(config, PREPROCESS, TOKENIZER, batch_size=3, seed=0)
+    again.set_state(states[5])
+    assert [kinds.numbers_of(next(again)) for _ in range(8)] == seen[5:13]
+    again.close()

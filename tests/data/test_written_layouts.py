@@ -423,3 +423,20 @@ def test_a_list_of_images(tmp_path, count):
     else:
         with pytest.raises(BadSample, match=f"has {count} images in image, in place of one"):
             source[1]
+
+
+def test_an_index_of_a_folder(tmp_path, capsys):
+    from vlm.cli import main
+
+    shutil.copytree(IMG2DATASET / "webdataset", tmp_path / "shards")
+    assert main(["data", "index", f"{tmp_path}/shards/"]) == 0
+    assert "6 examples in 2 shards" in capsys.readouterr().out
+    assert len(list((tmp_path / "shards").glob("*.vlm-index"))) == 1
+    assert digests(DataConfig(f"{tmp_path}/shards/")) == DIGESTS
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        shutil.copy(IMG2DATASET / "webdataset" / "00000.tar", tmp_path / split)
+    (tmp_path / "shards").rename(tmp_path / "train" / "more")
+    shutil.copy(IMG2DATASET / "webdataset" / "00000.tar", tmp_path / "test.tar")
+    assert main(["data", "index", str(tmp_path), "--out", str(tmp_path / "one")]) == 2
+    assert "splits with an index each: leave out --out" in capsys.readouterr().err

@@ -296,24 +296,32 @@ def index(source: Source, /, out: str | None = None) -> None:
       vlm data index 'shards/{00000..00099}.tar'
 
     Args:
-        source: tar shards, with ranges, lists or *.
+        source: tar shards, with ranges, lists or *, or their folder.
         out: path of the index. None: beside the shards.
     """
     from vlm.cli.terminal import progress
+    from vlm.data.layouts import find_layout
     from vlm.data.shard_index import beside, write_index
+    from vlm.data.sources import kind_of
     from vlm.data.storage import expand
 
-    if ".tar" not in source:
+    if kind_of(source) != "tar":
         raise UsageError(f"{source!r} has no .tar shards: other sources need no index")
-    names = expand(source)
-    path = out or beside(names)
-    header = write_index(
-        names, path, progress=lambda items: progress(items, "indexing", len(names))
-    )
-    count = sum(shard[2] for shard in header["shards"])
-    print(f"{path}: {count:,} examples in {len(names):,} shards")
-    for fault in header["faults"]:
-        print(f"{fault['kind']}: {fault['why']} ({fault.get('samples', 1):,} samples)")
+    layout = find_layout(source)
+    parts = list(layout.splits.values()) if layout else [expand(source)]
+    if out and len(parts) > 1:
+        raise UsageError(f"{source} has {len(parts)} splits with an index each: leave out --out")
+    for names in parts:
+        path = out or beside(names)
+        header = write_index(
+            names,
+            path,
+            progress=lambda items, count=len(names): progress(items, "indexing", count),
+        )
+        count = sum(shard[2] for shard in header["shards"])
+        print(f"{path}: {count:,} examples in {len(names):,} shards")
+        for fault in header["faults"]:
+            print(f"{fault['kind']}: {fault['why']} ({fault.get('samples', 1):,} samples)")
 
 
 def reinforce(

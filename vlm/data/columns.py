@@ -32,6 +32,7 @@ class Columns:
 
     def __init__(self, schema: Any, config: DataConfig, file: str, features: Any = None):
         self._config, self._folder, self._file = config, os.path.dirname(file), file
+        self._fields = {field.name: field.type for field in schema}
         self._types = dict(_flat_types(schema, config.image))
         self._classes = dict(class_label_names(_saved_features(schema) or features or {}))
         # Class names of the label in the order of ids, if the file has them.
@@ -73,7 +74,11 @@ class Columns:
         """Return what to do if there is no image feature of the name in the config."""
         if self._config.image in self._types:
             return ""
-        images = [n for n, k in self._types.items() if _is_image(_item(k)) and not _is_text(k)]
+        images = [
+            name
+            for name, kind in self._fields.items()
+            if _is_image(_item(kind)) and not (_is_text(_item(kind)) or types.is_null(kind))
+        ]
         if images:
             return f": set data.image to {' or '.join(map(repr, images))}"
         url = url_column(self._types)

@@ -41,6 +41,7 @@ _KEYWORDS = {
 }
 _SHARDED = re.compile(r"(?:^|/)data/([^/]+)-\d{5}-of-\d{5}[^/]*$")
 _README = "README.md"
+_SHOWN = 12  # configs in a message
 _log = logging.getLogger(__name__)
 
 
@@ -206,8 +207,9 @@ def _only(names: list[str], source: str, configs: dict[str, dict[str, Any]] | No
     default = [name for name in names if (configs or {}).get(name, {}).get("default")]
     if len(names) == 1 or "default" in names or default:
         return names[0] if len(names) == 1 else (default or ["default"])[0]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     raise DataError(
-        f"{source} has the configs {', '.join(names)}: name one of them, as in "
+        f"{source} has the configs {', '.join(names[:_SHOWN])}{more}: name one of them, as in "
         f"{source.rstrip('/')}/{names[0]}"
     )
 

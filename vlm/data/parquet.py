@@ -217,6 +217,11 @@ def holds_images(config: DataConfig) -> bool:
     return not columns.image_is_path
 
 
+def check_columns(name: str, config: DataConfig) -> None:
+    """Raise a DataError if a file lacks a wanted feature, or has it in another form."""
+    Columns(_footer(name)[1], config, name).check()
+
+
 def stream_label_names(config: DataConfig) -> list[str] | None:
     """Return the class names of the training split, if its first file has them."""
     return _first_columns(config).label_names

@@ -123,15 +123,15 @@ class _Decoded:
 
 def _records(builder: tfds.core.DatasetBuilder, split: str, image: str) -> Any:
     """Open the records of a split with random access; DataError for a format without it."""
+    if isinstance(builder, tfds.ImageFolder):
+        raise DataError(
+            f"tfds.ImageFolder reads {builder.data_dir} with TensorFlow: give this folder as "
+            'data.source, with data.label="label"'
+        )
     try:
         return undecoded(builder, split, image)
     except NotImplementedError:
         form = builder.info.file_format
-        if isinstance(builder, tfds.ImageFolder):
-            raise DataError(
-                f"tfds.ImageFolder reads {builder.data_dir} with TensorFlow: give this folder as "
-                'data.source, with data.label="label"'
-            ) from None
         if form == tfds.core.FileFormat.TFRECORD:
             return _Decoded(builder, split, image)
         raise DataError(

@@ -12,7 +12,7 @@ import dataclasses
 from vlm.config import DataConfig
 from vlm.data.examples import LOOKED_AT, check_features, features_of, wanted_features
 from vlm.data.interleave import MAX_DEFAULT_LANES
-from vlm.data.parquet import ParquetFormat, layout_of
+from vlm.data.parquet import ParquetFormat, check_columns, layout_of
 from vlm.data.parquet_file import check_footer
 from vlm.data.shard_index import ShardParts, beside
 from vlm.data.shards import SHUFFLE, Format, Record, Shards, known_count
@@ -180,6 +180,8 @@ def inspect_shards(config: DataConfig, names: list[str]) -> tuple[Format, int, s
         if not first:
             last = f"{name} holds no examples"
             continue
+        if form.kind == "parquet":
+            check_columns(name, config)
         known = features_of([record.example for record in first], f"the shard {name}")
         absent = [feature for feature in wanted_features(config) if feature not in known]
         if absent and form.kind == "tar" and exists(sidecar_path(name)):
