@@ -299,9 +299,8 @@ def index(source: Source, /, out: str | None = None) -> None:
         source: tar shards, with ranges, lists or *, or their folder.
         out: path of the index. None: beside the shards.
     """
-    from vlm.cli.terminal import progress
     from vlm.data.layouts import find_layout
-    from vlm.data.shard_index import beside, write_index
+    from vlm.data.shard_index import beside
     from vlm.data.sources import kind_of
     from vlm.data.storage import expand
 
@@ -312,16 +311,21 @@ def index(source: Source, /, out: str | None = None) -> None:
     if out and len(parts) > 1:
         raise UsageError(f"{source} has {len(parts)} splits with an index each: leave out --out")
     for names in parts:
-        path = out or beside(names)
-        header = write_index(
-            names,
-            path,
-            progress=lambda items, count=len(names): progress(items, "indexing", count),
-        )
-        count = sum(shard[2] for shard in header["shards"])
-        print(f"{path}: {count:,} examples in {len(names):,} shards")
-        for fault in header["faults"]:
-            print(f"{fault['kind']}: {fault['why']} ({fault.get('samples', 1):,} samples)")
+        _index_shards(names, out or beside(names))
+
+
+def _index_shards(names: list[str], path: str) -> None:
+    """Write the index of some shards, and print its length and faults."""
+    from vlm.cli.terminal import progress
+    from vlm.data.shard_index import write_index
+
+    header = write_index(
+        names, path, progress=lambda items: progress(items, "indexing", len(names))
+    )
+    count = sum(shard[2] for shard in header["shards"])
+    print(f"{path}: {count:,} examples in {len(names):,} shards")
+    for fault in header["faults"]:
+        print(f"{fault['kind']}: {fault['why']} ({fault.get('samples', 1):,} samples)")
 
 
 def reinforce(
