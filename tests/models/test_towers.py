@@ -12,7 +12,7 @@ from flax import nnx
 from vlm.config import ModelConfig, TextConfig, TextPool, ViTConfig
 from vlm.errors import ConfigError
 from vlm.models.dual_encoder import DualEncoder
-from vlm.models.text import TextTower
+from vlm.models.text import TextTower, shortened
 from vlm.models.vit import ViTTower
 from vlm.models.vitamin import average_of_three
 from vlm.nn.pooling import TEXT_POOLS
@@ -159,3 +159,23 @@ def test_means_of_three_have_a_gradient_in_a_compiled_program():
     # Each mean gives a share to what it is of: together one for each mean.
     np.testing.assert_allclose(gradient.sum(), average_of_three(x).size, rtol=1e-6)
     np.testing.assert_allclose(average_of_three(x)[0, 1, 1, 0], x[0, 1:4, 1:4, 0].mean())
+
+
+@pytest.mark.parametrize("pool", ["first", "mean", "max"])
+def test_padding_that_a_tower_masks_is_cut(pool):
+    config = TextConfig(
+        vocab_size=20, context_length=100, width=16, depth=2, heads=2, mlp_dim=32, pool=pool,
+        pad_id=0, norm="post",
+    )  # fmt: skip
+    tower = TextTower(config, 8, execution=Execution(), rngs=nnx.Rngs(0))
+    rows = np.zeros((2, 100), np.int32)
+    rows[0, :17], rows[1, :5] = 3, 4
+    cut = shortened(rows, config)
+    assert cut.shape == (2, 32)
+    assert shortened(rows, config, step=1).shape == (2, 17)
+    assert np.abs(tower(jnp.asarray(cut)) - tower(jnp.asarray(rows))).max() < 1e-6
+    rows[1, 99] = 4
+    assert shortened(rows, config).shape == (2, 100)
+    assert shortened(np.zeros((3, 100), np.int32), config, step=1).shape == (3, 1)
+    unmasked = dataclasses.replace(config, pad_id=None)
+    assert shortened(rows, unmasked).shape == (2, 100)

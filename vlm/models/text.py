@@ -122,16 +122,22 @@ def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> d
 def shortened(
     tokens: Int32[np.ndarray, "n l"], config: TextTowerConfig, step: int = LENGTH_STEP
 ) -> Int32[np.ndarray, "n m"]:
-    """Cut common padding that does not affect the result, to a multiple of `step` tokens.
+    """Cut common padding that does not affect the result, to one of a few lengths.
 
-    A causal tower ignores tokens after the pooled one; for other towers rows stay complete.
+    A causal tower ignores tokens after the pooled one: lengths are multiples of `step`. A tower
+    that masks its padding (BERT) ignores padding at the end: lengths are `step` times a power of
+    two, since its texts may be long. For other towers rows stay complete.
     """
-    if (
-        not isinstance(config, TextConfig)
-        or not config.causal
-        or config.pool not in ("end", "argmax")
-    ):
+    if not isinstance(config, TextConfig) or not len(tokens):
         return tokens
-    pooled = np.argmax(tokens == config.end_id if config.pool == "end" else tokens, axis=1)
-    last = int(pooled.max()) + 1
-    return tokens[:, : min(-(-last // step) * step, tokens.shape[1])]
+    if config.causal and config.pool in ("end", "argmax"):
+        pooled = np.argmax(tokens == config.end_id if config.pool == "end" else tokens, axis=1)
+        last = int(pooled.max()) + 1
+        return tokens[:, : min(-(-last // step) * step, tokens.shape[1])]
+    if config.pad_id is None or config.pool not in ("first", "mean", "max", "map"):
+        return tokens
+    used = (tokens != config.pad_id).any(axis=0)
+    last = len(used) - int(np.argmax(used[::-1])) if used.any() else 1
+    while step > 1 and step < last:
+        step *= 2
+    return tokens[:, : max(step, last)]
