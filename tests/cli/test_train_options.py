@@ -1,5 +1,6 @@
 """What the options of `vlm train` make of a config."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,32 @@ def test_a_part_that_needs_a_value_is_complete_with_its_options():
     assert made.distill.teacher == "ViT-L-14/"
     with pytest.raises(VlmError, match="distill needs exactly one teacher"):
         experiment_of([str(CONFIG), "--distill.features", "0.5"])
+
+
+# ------------------------------------------------------------------------------------- phases
+
+
+def test_phases_are_json_or_a_file_of_it(tmp_path):
+    text = '[{"fraction": 0.5, "changes": {"text-masking": 0.1, "batch_size": 64}}]'
+    (tmp_path / "phases.json").write_text(text)
+    for given in (text, str(tmp_path / "phases.json")):
+        made = experiment_of(["openmoji", "--phases", given])
+        assert dict(made.phases[0].changes) == {"text_masking": 0.1, "batch_size": 64}
+    assert experiment_of(["openmoji", "--phases", "[]"]).phases == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nofile.json", "'nofile.json' is no JSON list and no file of one: No such file"),
+        ("[{", "is no JSON list and no file of one: Expecting property name"),
+        ('[{"step": 5, "changes": {"batch_sizes": 3}}]', "no field 'batch_sizes': did you mean"),
+        ('[{"changes": {"batch_size": 3}}]', "give one of step, fraction and examples"),
+        ('[{"stp": 3}]', "Experiment.phases has no field 'stp'"),
+        ("[3]", "must be an object of fields, not 3"),
+    ],
+)
+def test_wrong_phases_are_one_sentence(given, message):
+    with pytest.raises(VlmError, match=re.escape(message)) as caught:
+        experiment_of(["openmoji", "--phases", given])
+    assert "\n" not in str(caught.value)
