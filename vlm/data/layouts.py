@@ -139,13 +139,10 @@ def _in_folder(root: str, times: tuple[int, ...]) -> Layout | None:
         return None
     splits = _splits(names, "", root, f"{root}/")
     layout = _layout(splits, root) if splits else None
-    return (
-        None
-        if layout is None or layout.kind == "table"
-        else layout._replace(
-            splits={split: [f"{root}/{n}" for n in files] for split, files in layout.splits.items()}
-        )
-    )
+    if layout is None or layout.kind == "table":
+        return None
+    whole = {split: [f"{root}/{name}" for name in files] for split, files in layout.splits.items()}
+    return Layout(layout.kind, whole)
 
 
 def _may_hold_shards(source: str) -> bool:
