@@ -47,6 +47,7 @@ DATA = {
     "data reinforce": Command(
         "precompute teacher embeddings for distillation", "data", "reinforce"
     ),
+    "data score": Command("write CLIP scores of image-text pairs, to filter by", "score", "score"),
 }
 MEASURE = {
     "eval": Command("evaluate a model on held-out data", "evaluate", "main", True),

@@ -183,6 +183,7 @@ def prepare(
     captions: Captions = ("caption",),
     label: Label = None,
     filters: tuple[str, ...] = (),
+    scores: str | None = None,
     data_dir: DataDir = None,
     beam: options.Beam = (),
 ) -> None:
@@ -225,6 +226,7 @@ def prepare(
             `language`: lid.176 of fastText).
         language_model: file of another fastText model of languages.
         filters: conditions such as 'score>=0.3', 'score<=9' or 'language=en,de'.
+        scores: folder of vlm data score, for a filter such as 'clip_score>=0.28'.
     """
     from vlm.cli.terminal import counter, print_status
     from vlm.config import PreprocessConfig
@@ -236,7 +238,7 @@ def prepare(
         raise UsageError("--model is for --max-similarity: set both, or neither")
     kept = tuple(map(_filter, filters))
     fields = {"image": image, "captions": captions, "label": label, "data_dir": data_dir}
-    config = _config(source, split, filters=kept, **fields)
+    config = _config(source, split, filters=kept, scores=scores, **fields)
     wanted = Preparation(
         format,
         examples,

@@ -117,6 +117,7 @@ class MixturePart(Config):
         data_dir: Where its prepared data lies.
         weight_column: Feature with the weight of each of its examples: see
             `DataConfig.weight_column`.
+        scores: Folder of CLIP scores of its examples.
 
     Example:
         >>> from vlm.config import MixturePart
@@ -140,6 +141,7 @@ class MixturePart(Config):
     access: Literal["auto", "random", "stream"] | None = None
     data_dir: str | None = None
     weight_column: str | None = None
+    scores: str | None = None
 
     def check(self):
         _check_texts(self)
@@ -200,6 +202,8 @@ class DataConfig(Config):
         weight_column: Feature with a number for each training example, such as a score: the
             example is drawn in proportion to it, and never at 0. An epoch keeps its length. It
             needs random access. None: each example once an epoch.
+        scores: Folder of CLIP scores of the training split, from `vlm data score`. Filters may name
+            its feature clip_score.
 
     Example:
         >>> vlm.DataConfig(source="photos/", workers=8).workers
@@ -230,12 +234,17 @@ class DataConfig(Config):
     hold_out: float = 0.0
     mixture_temperature: float | None = None
     weight_column: str | None = None
+    scores: str | None = None
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("mixture") and values.get("source") == "openmoji":
             return values | {"source": ""}  # an earlier default, also of mixtures
         return values
+
+    @property
+    def _filtered(self) -> list[str]:
+        return [f.feature for f in self.filters]
 
     def check(self):
         _check_texts(self)
@@ -248,6 +257,11 @@ class DataConfig(Config):
                 f"DataConfig.hold_out {self.hold_out:g} makes the eval split of a source with "
                 "random access: set eval_split to a name, such as validation, and neither mixture "
                 'nor access="stream"'
+            )
+        if self.scores and not self.mixture and "clip_score" not in self._filtered:
+            raise ConfigError(
+                f"DataConfig.scores {self.scores!r} has the feature clip_score, and no filter "
+                'reads it: add FieldFilter("clip_score", at_least=...), or leave scores out'
             )
         if self.access == "random" and not self.mixture:
             self.refuse_unused('set access to "auto" or "stream"', "interleave", "shuffle")

@@ -120,13 +120,16 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
         "max_bad_share max_bad_in_a_row mixture_temperature",
     )
     | _all(
-        DATA, "source train_split image captions label filters data_dir access interleave mixture"
+        DATA,
+        "source train_split image captions label filters data_dir access interleave mixture "
+        "scores",
     )
     | {"shuffle": NEW_PASS, "weight_column": NEW_PASS, "hold_out": Effect.HELD_OUT},
     "MixturePart": _all(
         FREE, "weight epochs examples caption_weights class_names templates"
     )
-    | _all(DATA, "source train_split image captions label filters access data_dir weight_column"),
+    | _all(DATA, "source train_split image captions label filters access data_dir weight_column "
+           "scores"),
     "FieldFilter": _all(DATA, "feature at_least at_most one_of"),
     "AugmentConfig": _all(
         FREE, "crop aspect jitter hue flip randaugment grey blur solarise morphology draft"

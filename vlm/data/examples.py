@@ -23,6 +23,7 @@ WHERE = "\0where"  # location of the example
 PART = "\0part"  # index of the source in a mixture
 OPENED = "\0opened"  # the image is cached, in mode RGB
 
+SCORE = "clip_score"  # feature that `data.scores` adds
 AMBIGUOUS = "two captions"  # kind of a bad sample with two different captions
 LOOKED_AT = 64  # examples to search for the features in a config
 
@@ -124,14 +125,20 @@ def wanted_features(config: DataConfig) -> list[str]:
     """List the features that training reads besides the image, each once."""
     texts = [config.label] if config.label else list(config.captions)
     weights = [config.weight_column] if config.weight_column else []
-    return list(dict.fromkeys([*texts, *(f.feature for f in config.filters), *weights]))
+    return list(dict.fromkeys([*texts, *_filtered_features(config), *weights]))
+
+
+def _filtered_features(config: DataConfig) -> list[str]:
+    """List the features of the data that filters read, without the score of `data.scores`."""
+    names = [f.feature for f in config.filters]
+    return [name for name in names if not (config.scores and name == SCORE)]
 
 
 def check_features(config: DataConfig, known: Collection[str], where: str) -> None:
     """Raise a DataError that names the first feature of `config` that `known` lacks."""
     wanted = {"data.image": [config.image]}
     wanted |= {"data.label": [config.label]} if config.label else {"data.captions": config.captions}
-    wanted |= {"data.filters": [f.feature for f in config.filters]}
+    wanted |= {"data.filters": _filtered_features(config)}
     wanted |= {"data.weight_column": [config.weight_column] if config.weight_column else []}
     for field, features in wanted.items():
         for feature in features:

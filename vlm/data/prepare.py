@@ -41,6 +41,7 @@ from vlm.data.near_duplicates import (
 )
 from vlm.data.prepare_example import Embedder, Preparation, PreparedExample, make
 from vlm.data.quality_filters import check_limits
+from vlm.data.scores import digest_of
 from vlm.data.shard_index import beside, write_index
 from vlm.data.shard_writer import NOTE, ShardWriter
 from vlm.data.sources import classes_of, open_source
@@ -193,6 +194,7 @@ def begin(
     if embedder is not None:
         about["model"] = embedder.identity
     about |= {"captions": config.captions, "label": config.label, "keep": config.filters}
+    about |= {"scores": digest_of(config.scores)} if config.scores else {}
     names, templates = None, ()
     if wanted.form == "clip_benchmark" and config.label:
         source = open_source(config, split)

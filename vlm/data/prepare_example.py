@@ -15,6 +15,7 @@ from vlm.data.faults import BadSample
 from vlm.data.members import TEXT
 from vlm.data.near_duplicates import Signatures, signatures_of
 from vlm.data.quality_filters import caption_fault, size_fault
+from vlm.data.scores import scored
 from vlm.data.transform_example import open_image_of
 from vlm.inputs.opening import extension_of
 from vlm.inputs.preprocess import Preprocess
@@ -87,9 +88,9 @@ def make(
     """Prepare an example for writing; a `BadSample` means that it is skipped."""
     if isinstance(example, BadSample):
         return example
-    if not passes(example, config.filters):
-        return BadSample("filtered", "", "rejected by data.filters")
     try:
+        if not passes(scored(example, config), config.filters):
+            return BadSample("filtered", "", "rejected by data.filters")
         captions = captions_of(example, config)
         if (fault := caption_fault(captions, wanted)) is not None:
             return fault

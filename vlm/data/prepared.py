@@ -13,7 +13,7 @@ from tensorflow_datasets.core import constants, read_only_builder
 
 from vlm.config import DataConfig, SourceCode
 from vlm.data import array_record, openmoji
-from vlm.data.examples import Example, check_features, flat_items
+from vlm.data.examples import WHERE, Example, check_features, flat_items
 from vlm.data.faults import BadSample
 from vlm.data.known_classes import classes_of_tfds
 from vlm.data.openmoji import undecoded
@@ -79,7 +79,7 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        example: Example = {}
+        example: Example = {WHERE: f"example {index} of {self._where}"}
         for feature, record in self._records[int(index)].items():
             for name, value in flat_items(feature, record, self._image):
                 example[name] = value if name == self._image else _text(value)

@@ -14,6 +14,7 @@ import numpy as np
 from vlm.config import DataConfig
 from vlm.data.examples import WHERE, Example, Source, Subset, label_of, passes, scan
 from vlm.data.faults import BadSample
+from vlm.data.scores import digest_of, scored
 from vlm.data.storage import cache_path, write_whole
 from vlm.errors import DataError
 from vlm.paths import is_remote
@@ -26,14 +27,15 @@ def filtered(source: Source, config: DataConfig) -> Subset:
 
     Bad samples pass, so that training still counts and lists them.
     """
+    scores = () if config.scores is None else ("scores", digest_of(config.scores))
     passing = _cached(
         source,
-        ("filters", config.filters, config.captions, config.hold_out, config.eval_split),
+        ("filters", config.filters, config.captions, config.hold_out, config.eval_split, *scores),
         config,
         lambda: [
             index
             for index, example in enumerate(scan(source))
-            if isinstance(example, BadSample) or passes(example, config.filters)
+            if isinstance(example, BadSample) or _passes(example, config)
         ],
     )
     if not len(passing):
@@ -41,6 +43,14 @@ def filtered(source: Source, config: DataConfig) -> Subset:
             f"data.filters rejects all {len(source):,} examples of {config.source}: loosen it"
         )
     return Subset(source, passing)
+
+
+def _passes(example: Example, config: DataConfig) -> bool:
+    """Whether an example passes the filters; DataError if it has no score."""
+    try:
+        return passes(scored(example, config), config.filters)
+    except BadSample as missing:
+        raise DataError(str(missing)) from None
 
 
 def unique_labels(source: Source, config: DataConfig, split: str) -> set[str]:

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from vlm.config import DataConfig, FieldFilter
+from vlm.config import DataConfig
 from vlm.data.examples import Example, passes
 from vlm.data.faults import BadSample
 from vlm.data.randomness import key, permute
+from vlm.data.scores import scored
 from vlm.data.storage import read_file
 from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError
@@ -105,7 +106,7 @@ class Shards:
                 "smaller shards"
             )
         self.names, self.form, self.parts = names, form, parts
-        self.filters: tuple[FieldFilter, ...] = config.filters
+        self.config = config
         self.seed, self.lanes, self.chunk = seed, lanes, chunk
         self.block = max(1, (buffer or config.shuffle or SHUFFLE) // lanes)
         # If a part is read at once, blocks are whole parts, so that none is read twice.
@@ -150,8 +151,12 @@ class Shards:
             try:
                 for record in self.form.read(name, offset, number, self.chunk, part, self.parts):
                     example = record.example
-                    if isinstance(example, dict) and not passes(example, self.filters):
-                        example = FILTERED
+                    if isinstance(example, dict):
+                        try:
+                            passing = passes(scored(example, self.config), self.config.filters)
+                            example = example if passing else FILTERED
+                        except BadSample as no_score:
+                            example = no_score
                     sample = Sample(example, base + number)
                     number += 1
                     empty = False
