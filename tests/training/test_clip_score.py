@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 
 import vlm
+from vlm.cli import main
 from vlm.config import DataConfig, FieldFilter, MixturePart
 from vlm.data.pipeline import train_batches
 from vlm.data.scores import read_about
@@ -250,3 +251,16 @@ def test_scores_without_a_filter_and_without_files_are_refused(pairs, tmp_path):
         open_source(DataConfig(source, scores=str(tmp_path / "no"), filters=filters), "train")
     with pytest.raises(ConfigError, match="a share of 0 is invalid"):
         quantiles(str(tmp_path), [0.0])
+
+
+@pytest.mark.slow
+def test_preparing_keeps_the_best_pairs(pairs, expected, tmp_path):
+    source, out = write_tars(tmp_path / "data", pairs), str(tmp_path / "scores")
+    score(DataConfig(source, eval_split=None), "train", out, CLIP)
+    (least,) = quantiles(out, [0.25])
+    shards = str(tmp_path / "best")
+    condition = f"clip_score>={least!r}"
+    assert main(["data", "prepare", source, shards, "--scores", out, "--filters", condition]) == 0
+    kept = open_source(DataConfig(f"{shards}/*.tar", eval_split=None), "train")
+    best = sorted(expected, key=lambda text: expected[text])[-10:]
+    assert sorted(kept[i]["caption"] for i in range(len(kept))) == sorted(best)
