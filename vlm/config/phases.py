@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from vlm.config.base import Config
+from vlm.config.base import Config, json_value
 from vlm.config.resume import Effect, changes_between, option_of
 from vlm.errors import ConfigError, brief
 
@@ -90,7 +90,7 @@ class Phase(Config):
 
     def description(self) -> str:
         """Describe the changes by their options."""
-        parts = [f"{option_of(name)} {brief(value)}" for name, value in self.changes]
+        parts = [f"{option_of(name)} {brief(json_value(value))}" for name, value in self.changes]
         return ", ".join([*parts, *["the schedule starts again"] * self.restart_schedule])
 
 
