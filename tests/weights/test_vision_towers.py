@@ -43,7 +43,9 @@ def test_towers_embed_as_theirs_and_are_written_back(name, tmp_path):
     # DINOv3's processor does not round resized pixels to 8 bits.
     close = 1.01 / 255 / 0.224 if "dinov3" in name else 1e-6
     assert np.abs(model.preprocess(raw) - pixels).max() < close
-    model.save(tmp_path / "back", format="huggingface")
+    check = model.save(tmp_path / "back", format="huggingface")
+    assert check is not None
+    assert check.texts == 0
     again = vlm.load(tmp_path / "back")
     assert np.array_equal(np.asarray(again.model.encode_image(jnp.asarray(pixels))), z)
 
@@ -53,6 +55,8 @@ def test_text_towers_embed_as_theirs():
     model = vlm.load(GOLDEN / "one_clip_text")
     z = np.asarray(model.model.encode_text(jnp.asarray(golden["tokens"])))
     assert np.abs(z - unit(golden["z_text"])).max() < 3e-6
+    with pytest.raises(ConfigError, match="image_size 8: the model has no vision tower"):
+        vlm.load(GOLDEN / "one_clip_text", image_size=8)
     with pytest.raises(ConfigError, match="has no vision tower and embeds texts alone"):
         model.encode_image(np.zeros((8, 8, 3), np.uint8))
 

@@ -39,5 +39,5 @@ def convert(
         folder, format, compare_texts=TEXTS
     )
     print_status(f"{model} as {format} in {out}")
-    if check is not None and not check.differ:  # else it has been logged
+    if check is not None and check.texts and not check.differ:  # else it has been logged
         print_status(str(check))

@@ -7,7 +7,14 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from vlm.config import ModelConfig, NoTextConfig, PreprocessConfig, TextModuleConfig, ViTConfig
+from vlm.config import (
+    ModelConfig,
+    NoTextConfig,
+    NoVisionConfig,
+    PreprocessConfig,
+    TextModuleConfig,
+    ViTConfig,
+)
 from vlm.errors import ConfigError
 from vlm.inputs.resizing import resize_matrix
 from vlm.inputs.tokenizer import Tokenizer
@@ -29,6 +36,8 @@ def at_image_size(
         ConfigError: the patches do not tile that size, or the tower has a fixed size.
     """
     vision = config.vision
+    if image_size is not None and isinstance(vision, NoVisionConfig):
+        raise ConfigError(f"image_size {image_size}: the model has no vision tower")
     flexible = getattr(vision, "max_patches", None) is not None
     same = image_size == preprocess.image_size == vision.image_size
     if image_size is None or (same and not flexible):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from etils import epath
 
-from vlm.config import Code, TextModuleConfig, VisionModuleConfig
+from vlm.config import Code, NoTextConfig, TextModuleConfig, VisionModuleConfig
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
@@ -53,6 +53,7 @@ def write_folder(
                 f"{form} has no name for the activation {activation}: save a vlm bundle"
             )
     writer = {"huggingface": write_huggingface, "open_clip": write_open_clip}[form]
+    texts = 0 if isinstance(model.config.text, NoTextConfig) else texts
     with new_folder(folder) as new:
         writer(new, model, preprocess, tokenizer)
         check = check_tokens(new, tokenizer, sample_texts(texts))
