@@ -9,7 +9,7 @@ trained from scratch by the steps of `vlm train`: uniformly on shuffled captions
 selection from super-batches of the same captions. The reference is the same model, trained on a
 part of the training data with the right captions (`--curated`), as JEST's on a curated set.
 Accuracy is top-1 among the captions of all splits. Seeds differ in parameters, data order and the
-shuffled captions. It takes about 8 minutes on two cores.
+shuffled captions. It takes about 12 minutes of CPU time.
 """
 
 import argparse
