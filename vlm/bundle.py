@@ -430,7 +430,7 @@ def load(
     rules = checkpoint.config.partition
     place = None if mesh is None else instantiate.parameter_shardings(mesh, rules)
     checkpoint = checkpoint.for_length(context_length)
-    size = image_size or checkpoint.image_size
+    size = checkpoint.image_size if image_size is None else image_size
     config, preprocess = at_image_size(checkpoint.config, checkpoint.preprocess, size)
     preprocess = with_options(preprocess, resize_backend, decode)
     config, tokenizer = at_context_length(
