@@ -354,6 +354,26 @@ def global_batch(batch: dict[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, 
     )
 
 
+def maximum_over_processes(values: np.ndarray) -> np.ndarray | jax.Array:
+    """Return the maximum of each value over all processes, which must call it at the same step.
+
+    With several processes the result is an array on the devices, to be read later: it is computed
+    between two steps.
+    """
+    if jax.process_count() == 1:
+        return values
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    rows = np.tile(values, (jax.local_device_count(), 1))
+    shape = (jax.device_count(), len(values))
+    sharded = NamedSharding(mesh, P("devices"))
+    return _maximum(mesh)(jax.make_array_from_process_local_data(sharded, rows, shape))
+
+
+@functools.cache
+def _maximum(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(mesh, P()))
+
+
 def place_padded(rows: Any, count: int, size: int, mesh: Mesh | None) -> Any:
     """Pad a batch of `count` rows to a power of two up to `size`, and shard it over a mesh."""
     sizes = {} if mesh is None else dict(mesh.shape)

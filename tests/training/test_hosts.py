@@ -1,7 +1,9 @@
 """Two processes over loopback are one run: equal losses and results, also when resumed."""
 
+import dataclasses
 import json
 import random
+import shutil
 import signal
 import socket
 import time
@@ -12,7 +14,7 @@ import pytest
 from processes import KILLS, environment, losses, send_at, start, wait, weights, write_config
 from safetensors.numpy import load as load_safetensors
 
-from vlm.config import EvalConfig
+from vlm.config import EvalConfig, PreprocessConfig
 from vlm.training.loop import train
 
 pytestmark = pytest.mark.slow
@@ -74,8 +76,6 @@ def pair(tiny, drawings, tmp_path_factory):
 
 @pytest.mark.first_tier
 def test_two_processes_are_one(pair, tmp_path):
-    import dataclasses
-
     run, _, experiment, output = pair
     one = tmp_path / "run"
     train(dataclasses.replace(experiment, run_dir=str(one)))
@@ -94,6 +94,38 @@ def test_two_processes_are_one(pair, tmp_path):
     assert named["classes zero-shot"]["top1"]["n"] == 8
     assert f"step 1/{STEPS}" in output[0]
     assert f"step 1/{STEPS}" not in output[1]
+
+
+def test_two_processes_agree_on_sequence_and_text_lengths(tiny, tmp_path):
+    """Each reads its own rows, and both must have arrays of the same shapes at every step."""
+    naflex = PreprocessConfig(
+        image_size=16, resize="naflex", patch_size=4, max_patches=16, kernel="bilinear"
+    )
+    experiment = tiny(
+        steps=10,
+        log_every=1,
+        checkpoint_every=0.5,
+        keep_checkpoints=2,
+        vision={"max_patches": 16, "dropout": 0.1, "depth": 1},
+        text={"causal": True, "pool": "end", "end_id": 1, "depth": 1},
+        preprocess=naflex,
+        sequence_lengths=(8, 16),
+        text_lengths=(9, 10),
+    )
+    config, run = write_config(experiment, tmp_path / "config.json"), tmp_path / "run"
+    Pair([config, "--run-dir", run], tmp_path).wait()
+    one = tmp_path / "one"
+    train(dataclasses.replace(experiment, run_dir=str(one)))
+    np.testing.assert_allclose(losses(run), losses(one), rtol=1e-5)
+    ours, theirs = (load_safetensors(weights(r)) for r in (one, run))
+    for name in ours:
+        np.testing.assert_allclose(theirs[name], ours[name], atol=1e-5, err_msg=name)
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "bundle")
+    shutil.rmtree(again / "checkpoints" / "10")
+    Pair(["--resume", again], tmp_path).wait()
+    assert weights(again) == weights(run)
 
 
 @pytest.mark.parametrize("_", range(KILLS))

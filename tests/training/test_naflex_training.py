@@ -16,6 +16,9 @@ from processes import weights
 
 import vlm
 from vlm.config import AdapterConfig, Experiment, PreprocessConfig
+from vlm.config.batch_sizes import at_size, batch_sizes
+from vlm.data.batch_schedule import BatchSchedule
+from vlm.errors import ConfigError, ShardingError
 from vlm.inputs.preprocess import Preprocess
 from vlm.planning.compile import batch_of
 from vlm.sharding import global_batch, make_mesh
@@ -181,3 +184,111 @@ def test_the_bundle_encodes_any_aspect_and_can_be_trained_further(run, any_aspec
     adapted = vlm.load(train(e))
     assert adapted.preprocess.config == model.preprocess.config
     assert 0 < np.abs(adapted.encode_image(files) - z).max() < 0.1
+
+
+# --------------------------------------------------------------- several sequence lengths
+
+LENGTHS = (4, 8, 16)
+
+
+@pytest.fixture(scope="module")
+def several_lengths(any_aspect, tmp_path_factory):
+    """`several_lengths(**changes)`: the experiment with three lengths, on 64 pairs."""
+    pictures = Path(any_aspect().data.source)
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = (pictures / "captions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if '"train"' in line] * 4
+    for row in rows:
+        row["image"] = str(pictures / row["image"])
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def build(**changes) -> Experiment:
+        settings = {"data": {"source": str(folder)}, "sequence_lengths": LENGTHS}
+        return any_aspect(**(settings | changes))
+
+    return build
+
+
+def shortened_images(images, length: int, pairs: int):
+    """The first pairs of a batch, cut to a length."""
+    cut = [np.asarray(array)[:pairs, :length] for array in images]
+    return type(images)(*cut)
+
+
+@pytest.mark.slow
+def test_a_batch_of_each_length_is_one_of_an_experiment_with_only_that_length(several_lengths):
+    e = several_lengths(optimizer={"eps": 1e-3})
+    assert batch_sizes(e) == ((64, 4), (32, 8), (16, 16))
+    whole, data = made(e, 8), [batch(step) for step in range(4)]
+    micro = made(dataclasses.replace(e, micro_batch_size=8), 8)  # 2 micro-batches
+    tokens = np.concatenate([one["tokens"] for one in data])
+    parts = zip(*(one["images"] for one in data), strict=True)
+    images = type(data[0]["images"])(*(np.concatenate(part) for part in parts))
+    for size in batch_sizes(e):
+        cut = shortened_images(images, size.patches, size.pairs)
+        rows = {"images": cut, "tokens": tokens[: size.pairs]}
+        alone = made(at_size(e, size))
+        shapes = jax.tree.map(lambda x: x.shape, batch_of(alone.experiment))
+        assert shapes == jax.tree.map(np.shape, rows)
+        results = []
+        for trainer in (alone, whole, micro):
+            state = trainer.init(jnp.int32(20))
+            state, metrics = trainer.step(state, global_batch(rows, trainer.mesh))
+            results.append((float(metrics["loss"]), state.params))
+            assert metrics["tokens"] == size.pairs * (size.patches + 16)
+        for loss, params in results[1:]:
+            assert loss == pytest.approx(results[0][0], rel=1e-6)
+            for x, y in zip(*map(jax.tree.leaves, (results[0][1], params)), strict=True):
+                np.testing.assert_allclose(y, x, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_of_several_lengths_resumes_inside_a_round(several_lengths, tmp_path):
+    changes = {"data": {"eval_split": None, "source": several_lengths().data.source}}
+    e = several_lengths(
+        steps=None, examples=300, log_every=1, keep_checkpoints=9, checkpoint_every=0.25, **changes
+    )
+    train(dataclasses.replace(e, run_dir=str(tmp_path / "run")))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row for row in rows if "loss" in row}
+    # 300 pairs are two rounds of 112, and the next batches that fit in the 76 left.
+    schedule = BatchSchedule(batch_sizes(e), e.seed)
+    assert max(steps) == schedule.steps_of(300) >= 7
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    shutil.rmtree(again / "bundle")
+    saved = sorted(int(f.name) for f in (again / "checkpoints").iterdir() if f.name.isdigit())
+    assert saved[1] % len(LENGTHS), "inside a round"
+    for step in saved[2:]:
+        shutil.rmtree(again / "checkpoints" / str(step))
+    train(resume=again)
+    assert weights(again) == weights(tmp_path / "run")
+    assert logged(again) == logged(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_lengths": (8, 32)}, "has 32 patches, and preprocess.max_patches is 16"),
+        ({"sequence_lengths": (0, 8)}, "sequence_lengths is 0: choose a number from 1"),
+        (
+            {"micro_batch_size": 4, "sequence_lengths": (7, 16)},
+            "batch_size 16 is 36 pairs at the sequence length 7, which do not divide into 8",
+        ),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(several_lengths, changes, message):
+    if "micro_batch_size" in changes:
+        changes = changes | {"micro_batch_size": 2}
+    with pytest.raises(ConfigError, match=message):
+        several_lengths(**changes)
+
+
+def test_lengths_need_naflex_and_a_mesh_that_divides_all_batches(several_lengths, tiny, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"sequence_lengths is \(8, 16\) and has no effect: it needs"
+    ):
+        tiny(sequence_lengths=(8, 16))
+    e = several_lengths(sequence_lengths=(5, 16), run_dir=str(tmp_path / "run"))
+    with pytest.raises(ShardingError, match="batch_size 16 is 51 pairs at the sequence length 5"):
+        train(e)

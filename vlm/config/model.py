@@ -94,6 +94,13 @@ class TextConfig(Config):
         """Number of tokens in the blocks, with a class token; `masking` is the dropped fraction."""
         return kept_tokens(self.context_length, masking) + (self.pool == "class")
 
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether padding at the end of a text has no influence on its embedding."""
+        if self.pool in ("last", "class"):  # read by position
+            return False
+        return self.pad_id is not None or (self.causal and self.pool in ("end", "argmax"))
+
     def check_space(self, embed_dim: int) -> None:
         """Raise a ConfigError if the tower cannot embed into `embed_dim` dimensions."""
         check_projection(self, embed_dim)

@@ -88,13 +88,14 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
         "name preprocess data optimizer mesh evals micro_batch_size steps epochs "
         "examples seconds dtype remat scan resolution_schedule text_masking log_every eval_every "
         "checkpoint_every checkpoint_minutes keep_checkpoints keep_hours profile losses "
-        "loss_intermediates callbacks code selection phases",
+        "loss_intermediates callbacks code selection phases text_lengths",
     )
     | _all(START, "init_towers init_image_size init_context_length")
     | _all(STATE, "model adapter")
     | _all(Effect.TRAINED, "lock freeze")
     | {
         "batch_size": DATA,
+        "sequence_lengths": DATA,
         "seed": NEW_PASS,
         "run_dir": Effect.FOLDER,
         "tokenizer": Effect.TOKENIZER,
@@ -181,12 +182,15 @@ def effect_of_change(before: Config, after: Config, field: str) -> Effect:
     return decided if isinstance(decided, Effect) else decided(before, after)
 
 
-def position_fields(data: DataConfig, seed: int, batch_size: int) -> dict[str, Any]:
+def position_fields(
+    data: DataConfig, seed: int, batch_size: int, sequence_lengths: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """Return the fields that the position in the training data depends on, by dotted name."""
     values = json_value(data)
     names = [name for name, of in _DECISIONS["DataConfig"].items() if of in (DATA, NEW_PASS)]
     own = {f"data.{name}": values[name] for name in sorted(names)}
-    return {"batch_size": batch_size, "seed": seed, **own}
+    lengths = list(sequence_lengths)  # as in JSON
+    return {"batch_size": batch_size, "sequence_lengths": lengths, "seed": seed, **own}
 
 
 def begins_new_pass(names: list[str]) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from vlm.config.base import Config
+from vlm.config.batch_sizes import check_sequence_lengths, check_text_lengths
 from vlm.config.code import Code, ImportPath
 from vlm.config.data import DataConfig
 from vlm.config.evaluation import EvalConfig
@@ -124,6 +125,13 @@ class Experiment(Config):
             distill, its teacher is the reference. None: train on all pairs.
         phases: Changes of fields on the way, each from a point of the run on. On the command line
             they are one JSON list: `--phases`.
+        sequence_lengths: Image sequence lengths of a NaFlex model, in patches: each step has one of
+            them for all of its images, in random order. A batch is batch_size x max_patches
+            patches, so shorter images come in more pairs. A length that is listed twice is used
+            twice as often. Empty: max_patches alone.
+        text_lengths: Lengths in tokens that short texts of a batch are padded to, in place of the
+            whole context. The text tower must ignore padding. Embeddings are the same. Empty: all
+            texts have the whole context.
 
     Example:
         >>> import dataclasses
@@ -187,6 +195,8 @@ class Experiment(Config):
     code: tuple[tuple[str, str], ...] = ()
     selection: SelectionConfig | None = None
     phases: tuple[Phase, ...] = ()
+    sequence_lengths: tuple[int, ...] = ()
+    text_lengths: tuple[int, ...] = ()
 
     @property
     def super_batch_size(self) -> int:
@@ -342,6 +352,7 @@ class Experiment(Config):
                 f"tokenizer.context_length {self.tokenizer.context_length} is not the model's "
                 f"{length}: set both to the same number"
             )
+        check_text_lengths(self, model.text)
         for name, tower in (("vision", vision), ("text", model.text)):
             if tower.kind == "module" and name != self.lock and self.optimizer.layer_decay != 1.0:
                 raise ConfigError(
@@ -375,6 +386,11 @@ class Experiment(Config):
         """Check that model, preprocessing and training all are NaFlex or none is."""
         budget = getattr(vision, "max_patches", None)
         if preprocess.resize != "naflex":
+            self.refuse_unused(
+                f"it needs a NaFlex model, and preprocess.resize is {preprocess.resize!r}: leave "
+                "it empty",
+                "sequence_lengths",
+            )
             if budget is not None:
                 raise ConfigError(
                     f"model.vision.max_patches {budget} is only valid with NaFlex, and "
@@ -395,6 +411,8 @@ class Experiment(Config):
                     'any aspect: leave it out, or set resize="squash" and '
                     "model.vision.max_patches=None"
                 )
+        assert budget is not None
+        check_sequence_lengths(self, budget)
 
 
 def loss_name(loss: str) -> str:

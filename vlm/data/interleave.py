@@ -1,6 +1,7 @@
 """Interleaved readers (lanes) of a stream, and the batches made from them.
 
-Rows l b to (l + 1) b - 1 of every global batch are the next b good samples of lane l. A process
+Rows l b to (l + 1) b - 1 of every global batch are the next b good samples of lane l; b may differ
+between batches. A process
 owns whole lanes, and so does each of its workers. So batches are the same for any number of
 workers, and for any number of processes that divides the lanes. The position of a lane is sent with
 its rows, so it does not include prefetched samples.
@@ -19,8 +20,9 @@ import numpy as np
 
 from vlm.cluster.processes import exchange_texts
 from vlm.config import DataConfig
+from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.faults import BadSample, TooManyBad
-from vlm.data.shards import Lane, Sample
+from vlm.data.shards import FILTERED, Lane, Sample
 from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.tokenizer import AnyTokenizer
@@ -94,24 +96,38 @@ class LaneBatches(grain.IterDataset):
         self,
         stream: Stream,
         lanes: Sequence[int],
-        rows: int,
-        transform: ExampleTransform,
+        schedule: BatchSchedule,
+        transforms: dict[int | None, ExampleTransform],
         tokenizer: AnyTokenizer,
         config: DataConfig,
     ):
         super().__init__()
-        self.stream, self.rows, self.transform, self.tokenizer = stream, rows, transform, tokenizer
-        self.lanes = list(lanes)
+        self.stream, self.transforms, self.tokenizer = stream, transforms, tokenizer
+        self.lanes, self._schedule = list(lanes), schedule
+        self.step = 0  # of the next batch to be read
         self.max_bad_in_a_row = config.max_bad_in_a_row
         # Decoding threads: all cores without workers, else one in each worker.
         self.threads = 1 if config.workers else os.cpu_count() or 1
         self.workers, self._prefetch = min(config.workers, len(self.lanes)), config.prefetch
         self.parts = max(1, self.workers)  # elements per batch
-        row_bytes = transform.image_bytes + 4 * tokenizer.config.context_length
-        self.element_bytes = -(-len(self.lanes) // self.parts) * rows * row_bytes
+        text_bytes = 4 * tokenizer.config.context_length
+        row_bytes = {n: made.image_bytes + text_bytes for n, made in transforms.items()}
+        self.element_bytes = -(-len(self.lanes) // self.parts) * max(
+            size.pairs // stream.lanes * row_bytes[size.patches] for size in schedule.sizes
+        )
         # How to mix better; None if the order is the user's own.
         self.fix_mixing: str | None = getattr(stream, "fix_mixing", None)
         self.positions: dict[str, Position] = {}  # of lanes that have been read, as in JSON
+
+    def size_at(self, step: int) -> tuple[int, int | None]:
+        """Return the rows of each lane in the batch `step`, and its sequence length."""
+        size = self._schedule.at(step)
+        return size.pairs // self.stream.lanes, size.patches
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a lane in the largest batch."""
+        return max(self._schedule.sizes).pairs // self.stream.lanes
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """Keep only the lanes of worker `sl.start` of `sl.step` (part of grain's interface)."""
@@ -130,6 +146,7 @@ class LaneBatches(grain.IterDataset):
 
     def join(self, elements: list[dict[str, Any]]) -> dict[str, Any]:
         """Join the elements of all workers into a batch; advance the position."""
+        self.step += 1
         for element in elements:
             self.positions |= json.loads(element.pop("lanes"))
         first = elements[0]
@@ -148,7 +165,7 @@ class LaneBatches(grain.IterDataset):
 
     def start_at(self, step: int) -> None:
         """Let every lane start at its first sample with the batch `step`."""
-        self.positions = {}
+        self.positions, self.step = {}, step
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the positions of `state`; DataError if shards or number of lanes differ."""
@@ -171,12 +188,14 @@ class LaneBatches(grain.IterDataset):
         if not isinstance(lanes, dict) or (lanes and not set(mine) <= set(lanes)):
             raise DataError("the checkpoint lacks positions of lanes: it belongs to another run")
         self.positions = {number: lanes[number] for number in mine if number in lanes}
+        self.step = state["step"]
 
 
 class _DecodedSample(NamedTuple):
     """A decoded sample: its text (or fault), its image, and the position of the lane after it.
 
-    `group` is a hash of its class or caption.
+    `group` is a hash of its class or caption. `source` is the sample itself if batches differ in
+    their sequence length, since an earlier bad sample may move it to a batch of another length.
     """
 
     text: str | BadSample | None
@@ -184,6 +203,8 @@ class _DecodedSample(NamedTuple):
     images: np.ndarray | Patches  # contains the image at `row`
     row: int
     after: Position
+    patches: int | None  # sequence length that it was decoded for
+    source: Sample | None
 
 
 class LaneIterator(grain.DatasetIterator):
@@ -202,11 +223,15 @@ class LaneIterator(grain.DatasetIterator):
         self._ready = {number: collections.deque[_DecodedSample]() for number in self._lanes}
         self._in_a_row = dict.fromkeys(self._lanes, 0)
         self._filtered = dict.fromkeys(self._lanes, 0)
-        self._max_ahead = -(-batches.rows // _CHUNK) * 2  # chunks decoded ahead per lane
+        self._max_ahead = -(-batches.most_rows // _CHUNK) * 2  # chunks decoded ahead per lane
+        self._step = batches.step
+        # Step and row of the next sample to decode, if none before it is bad.
+        self._next_row: dict[int, tuple[int, int]] = dict.fromkeys(self._lanes, (self._step, 0))
 
     def __next__(self) -> dict[str, Any]:
-        b, rows = self._batches, self._batches.rows
-        images = b.transform.blank(len(self._lanes) * rows)
+        b = self._batches
+        rows, patches = b.size_at(self._step)
+        images = b.transforms[patches].blank(len(self._lanes) * rows)
         parts = jax.tree.leaves(images)
         texts: list[str] = []
         groups: list[int] = []
@@ -216,12 +241,13 @@ class LaneIterator(grain.DatasetIterator):
             self._fill(number)
         for number in self._lanes:
             for _ in range(rows):
-                sample, text = self._next_good(number, bad)
+                sample, text = self._next_good(number, patches, bad)
                 after[str(number)] = sample.after
                 for batch, source in zip(parts, jax.tree.leaves(sample.images), strict=True):
                     batch[len(texts)] = source[sample.row]
                 texts.append(text)
                 groups.append(sample.group)
+        self._step += 1
         for number in self._lanes:
             self._fill(number)  # decoders run during tokenization
         tokens, cut = b.tokenizer.rows(texts)
@@ -248,17 +274,21 @@ class LaneIterator(grain.DatasetIterator):
             lane.close()
         self._readers.shutdown(cancel_futures=True)
 
-    def _next_good(self, number: int, bad: list) -> tuple[_DecodedSample, str]:
+    def _next_good(self, number: int, patches: int | None, bad: list) -> tuple[_DecodedSample, str]:
         ready = self._ready[number]
         while True:
             while not ready:
                 self._fill(number)
                 ready.extend(self._ahead[number].popleft().result())
             sample = ready.popleft()
+            if sample.source is not None and sample.patches != patches:
+                sample = self._decode([(sample.source, sample.after)], patches)[0]
             if isinstance(sample.text, str):
                 self._in_a_row[number] = self._filtered[number] = 0
                 return sample, sample.text
             if not isinstance(sample.text, BadSample):  # FILTERED
+                if sample.source is not None and sample.source.example is not FILTERED:
+                    self._move(number, -1)  # it was read when it was decoded
                 self._filtered[number] += 1
                 if self._filtered[number] == _MAX_FILTERED:
                     raise DataError(
@@ -267,6 +297,7 @@ class LaneIterator(grain.DatasetIterator):
                     )
                 continue
             bad.append(sample.text.record())
+            self._move(number, -1)
             self._in_a_row[number] += 1
             if self._in_a_row[number] >= self._batches.max_bad_in_a_row:
                 raise TooManyBad.in_a_row(self._in_a_row[number], sample.text)
@@ -274,12 +305,28 @@ class LaneIterator(grain.DatasetIterator):
     def _fill(self, number: int) -> None:
         ahead, lane = self._ahead[number], self._lanes[number]
         while len(ahead) < self._max_ahead:
-            count = min(_CHUNK, self._batches.rows)
-            samples = [(next(lane), lane.position()) for _ in range(count)]
-            ahead.append(self._decoders.submit(self._decode, samples))
+            step, row = self._next_row[number]
+            rows, patches = self._batches.size_at(step)
+            samples = [(next(lane), lane.position()) for _ in range(min(_CHUNK, rows - row))]
+            ahead.append(self._decoders.submit(self._decode, samples, patches))
+            self._move(number, sum(sample.example is not FILTERED for sample, _ in samples))
 
-    def _decode(self, samples: list[tuple[Sample, Position]]) -> list[_DecodedSample]:
-        transform, seed = self._batches.transform, self._batches.stream.seed
+    def _move(self, number: int, rows: int) -> None:
+        """Move the next row to decode of a lane by at most the rest of its batch."""
+        step, row = self._next_row[number]
+        row += rows
+        if row < 0:
+            step -= 1
+            row += self._batches.size_at(step)[0]
+        elif row == self._batches.size_at(step)[0]:
+            step, row = step + 1, 0
+        self._next_row[number] = step, row
+
+    def _decode(
+        self, samples: list[tuple[Sample, Position]], patches: int | None
+    ) -> list[_DecodedSample]:
+        transform, seed = self._batches.transforms[patches], self._batches.stream.seed
+        mixed = len(self._batches.transforms) > 1
         draws = transform.draws(seed, np.array([sample.position for sample, _ in samples]))
         images, decoded = transform.blank(len(samples)), []
         for row, ((sample, after), u) in enumerate(zip(samples, draws, strict=True)):
@@ -292,7 +339,8 @@ class LaneIterator(grain.DatasetIterator):
                     text = transform(text, u, images, row, "an example")
             except BadSample as fault:
                 text = fault
-            decoded.append(_DecodedSample(text, group, images, row, after))
+            source = sample if mixed else None
+            decoded.append(_DecodedSample(text, group, images, row, after, patches, source))
         return decoded
 
 

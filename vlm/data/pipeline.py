@@ -3,18 +3,23 @@
 `random_access` and `interleave` make the batches; grain runs them ahead in threads or processes.
 """
 
+import collections
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 from etils import epath
 
 from vlm.config import DataConfig
+from vlm.config.batch_sizes import BatchSize
 from vlm.config.resume import begins_new_pass, position_fields
+from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
 from vlm.data.interleave import LaneBatches, gather_processes
@@ -25,12 +30,14 @@ from vlm.data.random_access import Batch, TrainBatches
 from vlm.data.randomness import key
 from vlm.data.reinforced import Reinforced
 from vlm.data.sources import CachedSource, open_source, open_stream, streams
-from vlm.data.transform_example import ExampleTransform
+from vlm.data.text_buckets import TextBuckets
+from vlm.data.transform_example import transforms_by_length
 from vlm.data.weighted_order import order_of
 from vlm.data.workers import buffered_batches, check_shared_memory, end_with_parent, signals_blocked
 from vlm.errors import ConfigError, DataError, warn_once
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import AnyTokenizer, Tokenizer
+from vlm.sharding import maximum_over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +54,10 @@ class TrainIterator(grain.DatasetIterator):
         order: the batches, from their start.
         reopen: makes them for another seed, with the lanes for a global batch.
         depends: the fields that the position depends on.
+        schedule: the sizes of the global batches.
         finish: applied to each batch.
+        texts: splits the texts of each batch by length.
+        part: index and number of this process's part of a global batch.
     """
 
     def __init__(
@@ -56,17 +66,20 @@ class TrainIterator(grain.DatasetIterator):
         *,
         reopen: Callable[[int, int], Order],
         depends: dict[str, Any],
+        schedule: BatchSchedule,
         prefetch: int,
         bad: BadSamples,
         finish: Callable[[Batch], Batch],
+        texts: TextBuckets | None = None,
+        part: tuple[int, int] = (0, 1),
         description: str = "",
     ):
         super().__init__()
-        self._reopen, self._depends = reopen, depends
+        self._reopen, self._depends, self.schedule = reopen, depends, schedule
         self.samples = 0  # of all processes before the next batch
         self.position_change = ""  # what `resume` did about changed fields
         self._pass_step = 0  # first step of this pass over the data
-        self._planned_for = depends["batch_size"]  # the batch that a stream's lanes are chosen for
+        self._planned_for = schedule.divisor  # the batch that a stream's lanes are chosen for
         self.description = description  # number of examples, and how they are read
         self._order, self._prefetch, self._finish = order, prefetch, finish
         self.bad = bad  # counts of bad samples and truncated texts so far
@@ -74,6 +87,9 @@ class TrainIterator(grain.DatasetIterator):
         self._fix_mixing = getattr(order, "fix_mixing", None)
         self._mixing = MixingMonitor()
         self._reader: grain.DatasetIterator | None = None
+        self._texts, self._part = texts, part
+        # Elements of batches that have been read, with the text lengths that the processes need.
+        self._ahead: collections.deque[tuple[list[Batch], Any]] = collections.deque()
 
     def __len__(self) -> int:
         if self._order.length is None:
@@ -89,11 +105,12 @@ class TrainIterator(grain.DatasetIterator):
             self._reader = self._open()
             with signals_blocked():  # grain starts its workers at the first batch
                 elements = self._take()
+        elements, needs = elements
         batch = self._order.join(elements)
         cut = int(batch.pop("texts_cut").sum())
         self.bad.take(self._step, len(batch["tokens"]), json.loads(batch.pop("bad")), cut)
+        self.samples += self.schedule.at(self._step).pairs
         self._step += 1
-        self.samples += self._depends["batch_size"]
         groups = batch.pop("groups", None)
         if self._fix_mixing and groups is not None and (found := self._mixing.add(groups)):
             warn_once(
@@ -101,7 +118,12 @@ class TrainIterator(grain.DatasetIterator):
                 f"captions, and would have {found.random:,.0f} or more in random order: "
                 f"{self._fix_mixing}"
             )
-        return self._finish(batch)
+        batch = self._finish(batch)
+        if self._texts is None:
+            return batch
+        index, count = self._part
+        first_row = index * (self.schedule.at(self._step - 1).pairs // count)
+        return self._texts.split(batch, np.asarray(needs), first_row)
 
     @property
     def step(self) -> int:
@@ -157,7 +179,7 @@ class TrainIterator(grain.DatasetIterator):
                 logger.info("the position in the data does not fit: %s", error)
         if not continued:
             self._pass_step = step
-            self._planned_for = self._depends["batch_size"]
+            self._planned_for = self.schedule.divisor
             self._order = self._reopen(_pass_seed(self._depends["seed"], step), self._planned_for)
             self._order.start_at(step)
         self._step, self.samples = step, state.get("samples", step * self._depends["batch_size"])
@@ -192,10 +214,29 @@ class TrainIterator(grain.DatasetIterator):
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+        self._ahead.clear()
 
-    def _take(self) -> list[Batch]:
+    def _take(self) -> tuple[list[Batch], Any]:
+        """Return the elements of the next batch, and the text lengths that it needs.
+
+        With several processes one more batch is read, so that the devices find their common
+        lengths while the step before it runs.
+        """
+        several = self._texts is not None and jax.process_count() > 1
+        with contextlib.suppress(StopIteration):  # the last batch has none after it
+            while len(self._ahead) < 1 + several:
+                self._ahead.append(self._read())
+        if not self._ahead:
+            raise StopIteration
+        return self._ahead.popleft()
+
+    def _read(self) -> tuple[list[Batch], Any]:
         assert self._reader is not None
-        return [next(self._reader) for _ in range(self._order.parts)]
+        elements = [next(self._reader) for _ in range(self._order.parts)]
+        if self._texts is None:
+            return elements, None
+        tokens = np.concatenate([element["tokens"] for element in elements])
+        return elements, maximum_over_processes(self._texts.needs(tokens))
 
     def _open(self) -> grain.DatasetIterator:
         data = self._order.read()
@@ -225,6 +266,8 @@ def train_batches(
     run_folder: epath.PathLike | None = None,
     reinforced: Reinforced | None = None,
     finish: Callable[[Batch], Batch] = lambda batch: batch,
+    schedule: BatchSchedule | None = None,
+    texts: TextBuckets | None = None,
 ) -> TrainIterator:
     """Iterate over training batches: `images` uint8 (b, s, s, 3), `tokens` int32 (b, l).
 
@@ -238,6 +281,9 @@ def train_batches(
         batch_size: per process.
         epochs: number of epochs; None never ends.
         finish: function applied to each batch, in this process.
+        schedule: sizes and image sequence lengths of the global batches. None: `batch_size` of
+            all processes.
+        texts: splits the texts of each batch by length: `tokens` is then a tuple of arrays.
 
     Raises:
         DataError: the data does not exist, has more bad samples than allowed, or is smaller than
@@ -253,8 +299,8 @@ def train_batches(
         ((4, 16, 16, 3), (4, 12))
     """
     _check_sizes(batch_size, process_index, process_count)
-
     global_batch = batch_size * process_count
+    sizes = schedule or BatchSchedule([BatchSize(global_batch)], seed)
 
     def lane_batches(seed: int, planned_for: int) -> LaneBatches:
         stream = open_stream(
@@ -264,15 +310,16 @@ def train_batches(
             process_index=process_index,
             process_count=process_count,
         )
-        if global_batch % stream.lanes:
+        if sizes.divisor % stream.lanes:
             raise DataError(
-                f"the batch of {global_batch} is no multiple of the {stream.lanes} lanes of the "
+                f"the batch of {sizes.divisor} is no multiple of the {stream.lanes} lanes of the "
                 "checkpoint"
             )
         each = stream.lanes // process_count
         own = range(each * process_index, each * (process_index + 1))
-        transform = ExampleTransform([config, *part_configs(config)], preprocess)
-        return LaneBatches(stream, own, batch_size // each, transform, tokenizer, config)
+        configs = [config, *part_configs(config)]
+        transforms = transforms_by_length(configs, preprocess, sizes)
+        return LaneBatches(stream, own, sizes, transforms, tokenizer, config)
 
     if streams(config):
         if reinforced is not None:
@@ -294,7 +341,7 @@ def train_batches(
                 f"{config.source} is read as a stream, of which no part can be held out: set "
                 'data.access="random", or data.hold_out to 0'
             )
-        batches, reopen = lane_batches(seed, global_batch), lane_batches
+        batches, reopen = lane_batches(seed, sizes.divisor), lane_batches
         stream = batches.stream
         about = f"about {stream.examples:,} examples read as a stream"
         description = getattr(stream, "description", about)
@@ -323,9 +370,10 @@ def train_batches(
                 epochs=epochs,
                 reinforced=reinforced,
                 order=order,
+                schedule=schedule,
             )
 
-        batches, reopen = indexed_batches(seed, global_batch), indexed_batches
+        batches, reopen = indexed_batches(seed, sizes.divisor), indexed_batches
         faults, spare = getattr(source, "faults", ()), 0
         examples = len(source) + sum(fault.get("samples", 1) for fault in faults)
     bad = BadSamples(
@@ -335,10 +383,18 @@ def train_batches(
     return TrainIterator(
         batches,
         reopen=reopen,
-        depends=position_fields(config, seed, global_batch),
+        depends=position_fields(
+            config,
+            seed,
+            global_batch,
+            tuple(size.patches for size in sizes.sizes if size.patches is not None),
+        ),
+        schedule=sizes,
         prefetch=config.prefetch,
         bad=bad,
         finish=finish,
+        texts=texts,
+        part=(process_index, process_count),
         description=description,
     )
 

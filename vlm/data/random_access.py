@@ -2,10 +2,10 @@
 
 Sample g of a run (counted over all processes and epochs) is example `shuffle(g mod n)` of epoch
 g // n (`weighted_order` has the same for weighted examples); g also seeds its crop, colours and
-caption. Global batch i contains samples i B to (i + 1) B - 1, and each process makes its own slice.
-So a run resumes exactly from a number of samples, on any number of processes or workers and with
-another batch size, and within an epoch no sample is lost or repeated. A bad sample is replaced by
-another example, also drawn from g; all other samples are unaffected.
+caption. A global batch contains the next samples, as many as its `BatchSchedule` says, and each
+process makes its own slice. So a run resumes exactly from a number of samples, on any number of
+processes or workers and with another batch size, and within an epoch no sample is lost or repeated.
+A bad sample is replaced by another example, also drawn from g; all other samples are unaffected.
 """
 
 import functools
@@ -19,12 +19,14 @@ import grain
 import numpy as np
 
 from vlm.config import DataConfig
+from vlm.config.batch_sizes import BatchSize
+from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.examples import Source
 from vlm.data.faults import BadSample, TooManyBad
 from vlm.data.randomness import key, uniforms
 from vlm.data.reinforced import Reinforced
 from vlm.data.shards import Sample
-from vlm.data.transform_example import ExampleTransform
+from vlm.data.transform_example import ExampleTransform, transforms_by_length
 from vlm.data.weighted_order import Order
 from vlm.errors import DataError
 from vlm.inputs.preprocess import Preprocess
@@ -59,24 +61,26 @@ class TrainBatches:
         epochs: float | None = None,
         reinforced: Reinforced | None = None,
         order: Order | None = None,
+        schedule: BatchSchedule | None = None,
     ):
         self._order = order or Order(len(source))
         self._source, self._tokenizer, self._reinforced = source, tokenizer, reinforced
-        self._transform = ExampleTransform([config], preprocess)
-        self._seed, self._batch_size = seed, batch_size
-        self._global_batch = batch_size * process_count
-        self._offset = batch_size * process_index
+        sizes = schedule or BatchSchedule([BatchSize(batch_size * process_count)], seed)
+        self._schedule, self._seed = sizes, seed
+        self._transforms = transforms_by_length([config], preprocess, sizes)
+        self._process, self._processes = process_index, process_count
         self._max_bad_in_a_row = config.max_bad_in_a_row
-        if self._global_batch > len(source):
+        largest = max(sizes.sizes).pairs
+        if largest > len(source):
             raise DataError(
-                f"the global batch of {self._global_batch} is larger than the {len(source)} "
+                f"the global batch of {largest} is larger than the {len(source)} "
                 f"examples of {config.source} {config.train_split}: choose a smaller batch_size"
             )
         if reinforced is not None:
             reinforced.check(config, len(source))
         self.length = _FOREVER
         if epochs is not None:
-            self.length = int(epochs * len(source)) // self._global_batch
+            self.length = sizes.steps_of(int(epochs * len(source)))
         self.workers, self._prefetch = config.workers, config.prefetch
         # Decoding releases the GIL.
         self._threads = 1 if config.cache else min(config.prefetch, os.cpu_count() or 1)
@@ -87,20 +91,22 @@ class TrainBatches:
         return self.length
 
     def __getitem__(self, step: int) -> Batch:
-        first = self._position(int(step)) + self._offset
-        positions = np.arange(first, first + self._batch_size)
+        step, size = int(step), self._schedule.at(int(step))
+        count, transform = size.pairs // self._processes, self._transforms[size.patches]
+        first = self._position(step) + count * self._process
+        positions = np.arange(first, first + count)
         indices = self._order.places(self._seed, positions)
         store, variants = self._reinforced, np.zeros_like(positions)
         if store is None:
-            draws = self._transform.draws(self._seed, positions)
+            draws = transform.draws(self._seed, positions)
         else:
             variants = store.choose(self._seed, positions)
-            draws = store.draws(self._transform, indices, variants)
-        images = self._transform.blank(self._batch_size)
+            draws = store.draws(transform, indices, variants)
+        images = transform.blank(count)
         bad: list[dict[str, str]] = []
         numbers = zip(indices.tolist(), variants.tolist(), positions.tolist(), strict=True)
         rows = [
-            self._make(*number, u, images, row, bad)
+            self._make(transform, *number, u, images, row, bad)
             for row, (u, number) in enumerate(zip(draws, numbers, strict=True))
         ]
         texts, indices = [text for text, _ in rows], np.array([index for _, index in rows])
@@ -111,10 +117,13 @@ class TrainBatches:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one batch of this process."""
+        """Bytes of the largest batch of this process."""
         length = self._tokenizer.config.context_length
-        teacher = 0 if self._reinforced is None else 2 * 4 * self._reinforced.width
-        return self._batch_size * (self._transform.image_bytes + 4 * length + teacher)
+        other = 4 * length + (0 if self._reinforced is None else 2 * 4 * self._reinforced.width)
+        return max(
+            pairs // self._processes * (self._transforms[patches].image_bytes + other)
+            for pairs, patches in self._schedule.sizes
+        )
 
     def read(self) -> grain.IterDataset:
         """Return the batches from the current position."""
@@ -141,7 +150,8 @@ class TrainBatches:
     def _position(self, step: int) -> int:
         """Return the position of the first sample of a batch of all processes."""
         first_step, first = self._first
-        return first + (step - first_step) * self._global_batch
+        before = self._schedule.pairs_before
+        return first + before(step) - before(first_step)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the position of `state`; DataError if it belongs to other data."""
@@ -165,10 +175,11 @@ class TrainBatches:
                 "--seed"
             )
         step = state["step"]  # older checkpoints have no position
-        self.start_at(step, state.get("position", step * self._global_batch))
+        self.start_at(step, state.get("position", self._schedule.pairs_before(step)))
 
     def _make(
         self,
+        transform: ExampleTransform,
         index: int,
         variant: int,
         position: int,
@@ -182,7 +193,7 @@ class TrainBatches:
         for attempt in range(self._max_bad_in_a_row):
             try:
                 example = self._source[index]
-                return self._transform(example, u, images, row, f"example {index}"), index
+                return transform(example, u, images, row, f"example {index}"), index
             except BadSample as fault:
                 bad.append(fault.record())
                 last = fault
@@ -190,7 +201,7 @@ class TrainBatches:
                 index = self._order.draw(other)
                 if self._reinforced is not None:  # augmentation depends on the example
                     at = np.array([index]), np.array([variant])
-                    u = self._reinforced.draws(self._transform, *at)[0]
+                    u = self._reinforced.draws(transform, *at)[0]
         assert last is not None  # there was at least one attempt
         raise TooManyBad.in_a_row(self._max_bad_in_a_row, last)
 

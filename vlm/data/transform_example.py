@@ -9,6 +9,7 @@ from PIL import Image
 
 from vlm.config import DataConfig
 from vlm.data import augmentations
+from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.examples import OPENED, PART, WHERE, Example, choose_caption
 from vlm.data.faults import BadSample
 from vlm.data.mixing import group_of
@@ -71,6 +72,14 @@ class ExampleTransform:
             pixels = augmentations.augment(pixels, self._strong, u[NUMBERS:])
         self._preprocess.put(images, row, pixels)
         return text
+
+
+def transforms_by_length(
+    configs: Sequence[DataConfig], preprocess: Preprocess, schedule: BatchSchedule
+) -> dict[int | None, ExampleTransform]:
+    """Return the transform for each sequence length of a schedule; None: of `preprocess`."""
+    lengths = {size.patches for size in schedule.sizes}
+    return {n: ExampleTransform(configs, preprocess.at_length(n)) for n in lengths}
 
 
 def open_image_of(

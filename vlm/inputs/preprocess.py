@@ -58,6 +58,13 @@ class Preprocess:
         self.config = config
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
 
+    def at_length(self, patches: int | None) -> "Preprocess":
+        """Return a NaFlex preprocessing to at most `patches` patches; None changes nothing."""
+        if patches is None:
+            return self
+        config = dataclasses.replace(self.config, max_patches=patches)
+        return Preprocess(config, max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+
     def __call__(
         self, images: ImageLike | Iterable[ImageLike]
     ) -> Float32[np.ndarray, "n s s 3"] | Patches:

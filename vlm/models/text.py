@@ -119,6 +119,26 @@ def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> d
     }
 
 
+def used_lengths(
+    tokens: Int32[np.ndarray, "n l"], config: TextTowerConfig
+) -> Int[np.ndarray, " n"] | None:
+    """Return the number of first tokens of each text that its embedding depends on.
+
+    A causal tower ignores tokens after the pooled one, and a tower with a mask ignores padding.
+    None: other towers depend on all tokens.
+    """
+    if not isinstance(config, TextConfig) or not config.ignores_padding:
+        return None
+    last = np.zeros(len(tokens), int)
+    if config.pool in ("end", "argmax"):
+        last = np.argmax(tokens == config.end_id if config.pool == "end" else tokens, axis=1)
+        if config.causal:
+            return last + 1
+    real = tokens != config.pad_id
+    last_real = tokens.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
+    return np.maximum(last, np.where(real.any(1), last_real, 0)) + 1
+
+
 def shortened(
     tokens: Int32[np.ndarray, "n l"], config: TextTowerConfig, step: int = LENGTH_STEP
 ) -> Int32[np.ndarray, "n m"]:
@@ -128,16 +148,13 @@ def shortened(
     that masks its padding (BERT) ignores padding at the end: lengths are `step` times a power of
     two, since its texts may be long. For other towers rows stay complete.
     """
-    if not isinstance(config, TextConfig) or not len(tokens):
+    lengths = used_lengths(tokens, config)
+    if lengths is None or not len(lengths):
         return tokens
+    last = int(lengths.max())
+    assert isinstance(config, TextConfig)  # others have no lengths
     if config.causal and config.pool in ("end", "argmax"):
-        pooled = np.argmax(tokens == config.end_id if config.pool == "end" else tokens, axis=1)
-        last = int(pooled.max()) + 1
-        return tokens[:, : min(-(-last // step) * step, tokens.shape[1])]
-    if config.pad_id is None or config.pool not in ("first", "mean", "max", "map"):
-        return tokens
-    used = (tokens != config.pad_id).any(axis=0)
-    last = len(used) - int(np.argmax(used[::-1])) if used.any() else 1
+        return tokens[:, : -(-last // step) * step]
     while step > 1 and step < last:
         step *= 2
     return tokens[:, : max(step, last)]

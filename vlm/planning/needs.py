@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm.config import DataConfig, Experiment
+from vlm.config.batch_sizes import mean_pairs
 from vlm.data.workers import buffered_batches
 from vlm.inputs.preprocess import Preprocess
 from vlm.planning.calibration import Range, as_values
@@ -64,19 +65,20 @@ def needs(
     """
     e, chip = experiment, topology.rated_chip
     hosts = math.ceil(topology.chips / chip.box)
+    pairs = mean_pairs(e) * e.super_batch_size / e.batch_size  # read in a step
     steps = e.steps  # None if only the data gives the length
     if not steps and e.examples:
-        steps = math.ceil(e.examples / e.super_batch_size)
+        steps = math.ceil(e.examples / pairs)
     seconds = step_seconds.scaled(steps) if steps else None
     if e.seconds:
         seconds = Range(e.seconds, e.seconds)
     hours = seconds.scaled(topology.chips / 3600) if seconds else None
-    images = step_seconds.inverse(e.super_batch_size / hosts)
+    images = step_seconds.inverse(pairs / hosts)
     image = Preprocess(e.preprocess).image_bytes
     batch = e.super_batch_size / hosts * (image + 4 * e.model.text.context_length)
     return Needs(
         hosts=hosts,
-        examples=steps * e.super_batch_size if steps else None,
+        examples=round(steps * pairs) if steps else None,
         seconds=seconds,
         chip_hours=hours,
         cost=hours.scaled(price) if hours and price is not None else None,

@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from vlm import display
 from vlm.config import Experiment, MeshConfig
+from vlm.config.batch_sizes import at_size, at_text_length, batch_sizes, mean_pairs
 from vlm.errors import ConfigError, ShardingError
 from vlm.models.flops import PartFlops, step_flops
 from vlm.planning.analytic import analytic_memory, analytic_traffic
@@ -35,8 +36,9 @@ from vlm.planning.needs import Needs, needs
 from vlm.planning.report import BASES, parts
 from vlm.planning.roofline import Prediction, Roofline, analytic_roofline, compiled_roofline, mfu
 from vlm.planning.topology import Topology, parse_mesh, parse_topology, topology_devices
-from vlm.sharding import AXES, batch_ways, check_batch, make_mesh, mesh_sizes
+from vlm.sharding import AXES, batch_ways, make_mesh, mesh_sizes
 from vlm.training.init_from import resolve
+from vlm.training.schedule import check_batch_sizes
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class Plan:
     largest: LargestBatch | None
     compile_seconds: float | None
     compiled_flops: float | None  # of matrix products in the program of one device
+    # Plans of the batches at each of `sequence_lengths`; memory and FLOPs are those of the one with
+    # the highest peak, and times are means.
+    sizes: tuple["Plan", ...] = ()
+    texts: tuple["Plan", ...] = ()  # of steps whose texts all have one of `text_lengths`
 
     @property
     def compiled(self) -> bool:
@@ -92,16 +98,22 @@ class Plan:
 
     @functools.cached_property
     def prediction(self) -> Prediction | None:
-        if not self.roofline or not self.calibration:
+        steps, calibration = self.sizes or (self,), self.calibration
+        times = [p.roofline.predicted(calibration) for p in steps if p.roofline and calibration]
+        if calibration is None or len(times) < len(steps):
             return None
-        seconds = self.roofline.predicted(self.calibration)
-        rate = seconds.inverse(self.experiment.batch_size)
+        seconds = Range(
+            sum(time.low for time in times) / len(steps),
+            sum(time.high for time in times) / len(steps),
+        )
+        rate = seconds.inverse(mean_pairs(self.experiment))
+        at_one_second = sum(mfu(p.experiment, self.topology, 1.0) for p in steps) / len(steps)
         return Prediction(
             step_seconds=seconds,
             pairs_per_second=rate,
             pairs_per_second_per_chip=rate.scaled(1 / self.topology.chips),
-            mfu=seconds.inverse(mfu(self.experiment, self.topology, 1.0)),
-            evidence=self.calibration.evidence,
+            mfu=seconds.inverse(at_one_second),
+            evidence=calibration.evidence,
         )
 
     @property
@@ -167,6 +179,8 @@ class Plan:
             },
             "largest_batch": self.largest.to_dict() if self.largest else None,
             "compile_seconds": self.compile_seconds,
+            "sequence_lengths": [_of_shape(p) for p in self.sizes],
+            "text_lengths": [_of_shape(p) for p in self.texts],
             "bases": BASES,
         }
         if (r := self.roofline) and (prediction := self.prediction):
@@ -217,10 +231,16 @@ def plan(
     compiled = compiled and topology.compiles
     if calibration and topology.chip is None:
         raise ConfigError(f"{topology.name} has no published rates: leave --calibration out")
+    if e.sequence_lengths or e.text_lengths:
+        if largest:
+            raise ConfigError(
+                "the largest batch is searched for one shape, and this config has several: leave "
+                "--largest-batch out, or sequence_lengths and text_lengths empty"
+            )
+        return _plan_of_shapes(e, topology, loss=loss, compiled=compiled, calibration=calibration)
     calibrated = calibration_of(topology.chip.name, calibration) if topology.chip else None
     grid = plan_mesh(e, topology, compiled=compiled)
-    check_batch(e.batch_size, grid)
-    check_batch(e.micro_batch_size or e.batch_size, grid, "micro_batch_size")
+    check_batch_sizes(e, grid)
 
     abstract = abstract_state(e)
     state, extra = state_bytes(abstract, grid, e.model.partition), planned_supervision(e)
@@ -267,6 +287,41 @@ def plan(
         compile_seconds=getattr(step, "seconds", None),
         compiled_flops=flops,
     )
+
+
+def _plan_of_shapes(e: Experiment, topology: Topology, **options: Any) -> Plan:
+    """Plan a step of each shape of batch; memory is that of the largest."""
+    check_batch_sizes(e, plan_mesh(e, topology, compiled=False))
+    whole = dataclasses.replace(e, text_lengths=())
+    sizes = batch_sizes(whole)
+    known = {s: plan(at_size(whole, s), topology, **options) for s in dict.fromkeys(sizes)}
+    one = dataclasses.replace(whole, sequence_lengths=())
+    lengths = sorted(set(e.text_lengths))
+    texts = tuple(plan(at_text_length(one, length), topology, **options) for length in lengths)
+    largest = max(known.values(), key=lambda p: p.memory.peak)
+    seconds = [p.compile_seconds for p in (*known.values(), *texts)]
+    return dataclasses.replace(
+        largest,
+        experiment=e,
+        sizes=tuple(known[s] for s in sizes),
+        texts=texts,
+        fits=all(p.fits for p in known.values()),
+        refusal=next((p.refusal for p in known.values() if p.refusal), None),
+        compile_seconds=None if None in seconds else sum(s for s in seconds if s is not None),
+    )
+
+
+def _of_shape(p: Plan) -> dict[str, Any]:
+    """Return the figures of a plan that differ between shapes of a batch, as JSON values."""
+    e = p.experiment
+    values = {
+        "pairs": e.batch_size,
+        "patches": e.preprocess.max_patches,
+        "text_tokens": e.model.text.context_length,
+        "peak": p.memory.peak,
+        "fits": p.fits,
+    }
+    return values if p.prediction is None else values | as_values(p.prediction)
 
 
 def plan_mesh(experiment: Experiment, topology: Topology, *, compiled: bool) -> Mesh | AbstractMesh:

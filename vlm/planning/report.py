@@ -40,6 +40,11 @@ def parts(plan: Any, price: float | None = None) -> Iterator[RenderableType]:
         f"[bold]{escape(e.name)}[/] on {plan.topology.name} ({plan.topology.chips} chips, mesh "
         f"{mesh or 'of 1'}): batch {e.batch_size:,}, {e.dtype}, remat {e.remat}"
     )
+    if plan.sizes:
+        yield _shapes(plan)
+        largest = max(plan.sizes, key=lambda p: p.memory.peak).experiment
+        if len(plan.sizes) > 1:
+            yield Text(f"memory, FLOPs and roofline: of {_shape(largest)}")
     yield _memory(plan)
     yield _flops(plan)
     if plan.sent:
@@ -107,6 +112,30 @@ def _sweep_table(plans: list[Any], title: str, *, wide: bool) -> Table:
             row += [p.roofline.bound if p.roofline else ""]
         table.add_row(*row)
     return table
+
+
+def _shapes(plan: Any) -> Table:
+    """Table of the shapes of a batch: each is a program of its own."""
+    table = display.number_table("batches", "peak", "step", "pairs/s")
+    distinct = {id(p): p for p in plan.sizes}  # a length may be listed twice
+    for p in (*distinct.values(), *plan.texts):
+        row = [_shape(p.experiment), _size(p.memory.peak)]
+        if prediction := p.prediction:
+            row += [_of(prediction.step_seconds, _time_of)]
+            row += [_of(prediction.pairs_per_second, _count)]
+        table.add_row(*row)
+    if plan.texts:
+        table.caption = (
+            "a step with text_lengths is between those of its shortest and longest texts, which a "
+            "plan does not read"
+        )
+    return table
+
+
+def _shape(e: Any) -> str:
+    patches = e.preprocess.max_patches
+    images = f"images of {patches:,} patches, " if patches else ""
+    return f"{e.batch_size:,} pairs: {images}texts of {e.model.text.context_length} tokens"
 
 
 def _memory(plan: Any) -> Table:

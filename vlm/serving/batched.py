@@ -305,10 +305,8 @@ class Batched:
     def _text_lengths(self) -> list[int]:
         """Return the padded text lengths, of which the last is the context length."""
         longest = self.tokenizer.config.context_length
-        text = self.config.text
         # A tower that attends to all positions cannot be given shorter rows.
-        probe = np.full((1, longest), getattr(text, "end_id", None) or 0, np.int32)
-        if shortened(probe, text, step=1).shape[1] == longest:
+        if not getattr(self.config.text, "ignores_padding", False):
             return [longest]
         lengths = CPU_TEXT_LENGTHS if jax.default_backend() == "cpu" else TEXT_LENGTHS
         return [*(length for length in lengths if length <= longest / 1.5), longest]

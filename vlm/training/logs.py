@@ -13,6 +13,8 @@ from vlm.callbacks import in_notebook
 from vlm.callbacks.tensorboard import summary_writer
 from vlm.chips import published_rate
 from vlm.config import Experiment, in_phase
+from vlm.config.batch_sizes import at_size, batch_sizes
+from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.faults import BadSamples
 from vlm.display import clock
 from vlm.errors import TrainingError
@@ -97,13 +99,15 @@ class Logs:
         row: dict[str, int] | None = None,
     ) -> None:
         """Set the experiment of the steps after `step`, and values of their rows in `row`."""
-        self._batch_size, self._samples, self._phase = e.batch_size, samples, row or {}
+        sizes, self._samples, self._phase = batch_sizes(e), samples, row or {}
+        self._schedule = BatchSchedule(sizes, e.seed)
         if self._counts is not None:
             self._counts.set_phase(e, step)
         self._stop = e.optimizer.on_nonfinite == "stop"
         self._most_skipped = e.optimizer.max_skipped_in_a_row
-        # Of the whole mesh; None with a resolution schedule, whose steps differ.
-        self._flops = None if e.resolution_schedule else model_flops(e, supervision)
+        # Of the whole mesh by batch size; empty if steps of the same size differ.
+        known = () if e.resolution_schedule or e.text_lengths else sizes
+        self._flops = {size: model_flops(at_size(e, size), supervision) for size in known}
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -156,6 +160,7 @@ class Logs:
         steps, metrics = zip(*self._done, strict=True)
         values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(metrics)]
         count, self._done = len(steps), []
+        sizes = [self._schedule.at(step - 1) for step in steps]
         now = time.perf_counter()
         seconds = now - self._since
         row = {
@@ -164,7 +169,7 @@ class Logs:
             **{k: v for k, v in values[-1].items() if k not in ("finite", "tokens")},
             # Losses are means over the steps of the row; other values are those of its last step.
             **{k: float(np.mean([v[k] for v in values])) for k in values[-1] if _is_loss(k)},
-            "pairs_per_s": count * self._batch_size / seconds,
+            "pairs_per_s": sum(size.pairs for size in sizes) / seconds,
             "tokens_per_s": sum(v["tokens"] for v in values) / seconds,
             "data_wait": (self._activity.seconds[DATA] - self._waited) / seconds,
             "seconds": self._seconds_before + time.monotonic() - self._activity.began,
@@ -174,7 +179,7 @@ class Logs:
         if self._samples is not None and self._samples.good:
             row["texts_cut"] = self._samples.texts_cut / self._samples.good  # of the run so far
         if self._flops:
-            row["model_flops_per_s"] = self._flops * count / seconds
+            row["model_flops_per_s"] = sum(self._flops[size] for size in sizes) / seconds
             if self._peak:
                 row["mfu"] = row["model_flops_per_s"] / self._peak
         self.restart_clock()

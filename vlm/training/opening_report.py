@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm.config import Experiment
+from vlm.config.batch_sizes import BatchSize, batch_sizes
 from vlm.display import listed
 from vlm.sharding import placement_rows
 from vlm.training.console import as_text, log
@@ -68,7 +69,7 @@ def _devices(trainer: Trainer) -> str:
 
 
 def _length(e: Experiment, step: int, total: int) -> str:
-    text = f"{total:,} steps of {e.batch_size:,} pairs"
+    text = f"{total:,} steps of " + ", ".join(_of_size(size) for size in batch_sizes(e))
     if e.selection is not None:
         text += f", selected from {e.super_batch_size:,}"
     if e.micro_batch_size not in (None, e.batch_size):
@@ -79,6 +80,11 @@ def _length(e: Experiment, step: int, total: int) -> str:
     if e.checkpoint_minutes is not None:
         every += f" or {e.checkpoint_minutes:g} minutes"
     return f"{text}; a checkpoint every {every}"
+
+
+def _of_size(size: BatchSize) -> str:
+    images = "" if size.patches is None else f" with images of {size.patches:,} patches"
+    return f"{size.pairs:,} pairs{images}"
 
 
 def _millions(count: int) -> str:

@@ -21,14 +21,21 @@ from vlm.data.sources import credits, open_source, with_own_splits
 from vlm.errors import ConfigError, VlmError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.paths import on_disk
-from vlm.sharding import batch_shard, check_batch, make_mesh
+from vlm.sharding import batch_shard, make_mesh
 from vlm.training.carry_over import carried_over, check_layouts
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.console import log
 from vlm.training.evals import Evaluations
 from vlm.training.resolution import image_size_at
 from vlm.training.run import Run
-from vlm.training.schedule import Length, check_starts, phase_starts
+from vlm.training.schedule import (
+    Length,
+    batch_schedule,
+    check_batch_sizes,
+    check_starts,
+    phase_starts,
+    text_buckets,
+)
 from vlm.training.start import OtherPhase, start
 from vlm.training.step import Trainer, TrainState
 from vlm.training.supervision import TrainingSupervision, with_templates
@@ -204,8 +211,7 @@ class RunPhases:
             open_source(e.data, e.data.eval_split)
 
     def _check_sizes(self, e: Experiment) -> None:
-        check_batch(e.batch_size, self.mesh)
-        check_batch(e.micro_batch_size or e.batch_size, self.mesh, "micro_batch_size")
+        check_batch_sizes(e, self.mesh)
 
     def _set_bounds(self, later: list[int]) -> None:
         """Set the end of the open phase, and the steps that its learning rate schedule covers."""
@@ -253,4 +259,6 @@ class RunPhases:
             run_folder=run_folder,
             reinforced=self.supervision.reinforced,
             finish=self.supervision.add_targets,
+            schedule=batch_schedule(e),
+            texts=text_buckets(e, self.mesh),
         )

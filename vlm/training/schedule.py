@@ -7,14 +7,54 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from vlm.cluster.processes import broadcast_text
 from vlm.config import DataConfig, Experiment, Phase, in_phase
+from vlm.config.batch_sizes import STEPS_IN_SIZE, BatchSize, batch_sizes
+from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.pipeline import TrainIterator, count_examples
-from vlm.errors import ConfigError
+from vlm.data.text_buckets import TextBuckets
+from vlm.errors import ConfigError, ShardingError
+from vlm.sharding import batch_shard, batch_ways, check_batch
 from vlm.training.step import Trainer
 
 Length = Callable[[Trainer, TrainIterator], int]  # chooses the number of steps of a run
+
+
+def batch_schedule(experiment: Experiment) -> BatchSchedule:
+    """Return the sizes of the batches that a run reads, by step."""
+    e = experiment
+    sizes = batch_sizes(e) if e.selection is None else [BatchSize(e.super_batch_size)]
+    return BatchSchedule(sizes, e.seed)
+
+
+def text_buckets(experiment: Experiment, mesh: Mesh) -> TextBuckets | None:
+    """Return the splitter of texts by length; None if all texts have the whole context."""
+    e = experiment
+    if not e.text_lengths:
+        return None
+    text, (_, shards) = e.model.text, batch_shard(mesh)
+    parts = e.batch_size // (e.micro_batch_size or e.batch_size)
+    lengths = (*sorted(set(e.text_lengths)), text.context_length)
+    return TextBuckets(lengths, text, devices=batch_ways(mesh) // shards, parts=parts)
+
+
+def check_batch_sizes(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
+    """Raise a ShardingError unless all batches and micro-batches divide over the mesh."""
+    e = experiment
+    check_batch(e.batch_size, mesh)
+    check_batch(e.micro_batch_size or e.batch_size, mesh, "micro_batch_size")
+    parts = e.batch_size // (e.micro_batch_size or e.batch_size)
+    ways = parts * batch_ways(mesh)
+    for pairs, length in batch_sizes(e):
+        if pairs % ways:
+            of = f" of {parts} micro-batches" if parts > 1 else ""
+            raise ShardingError(
+                f"batch_size {e.batch_size} is {pairs} pairs at the sequence length {length}, "
+                f"which do not divide over the {ways // parts} devices of mesh axes data x fsdp"
+                f"{of}: make batch_size a multiple of {STEPS_IN_SIZE * ways}"
+            )
 
 
 def length_in_steps(
@@ -98,7 +138,7 @@ def check_starts(experiment: Experiment, starts: list[int], total: int, step: in
 def steps_to(examples: int, e: Experiment, step: int, samples: int) -> int:
     """Return the most steps of a run that sees at most so many pairs."""
     if not e.phases:
-        return step + (examples - samples) // e.super_batch_size
+        return step + batch_schedule(e).steps_of(examples - samples, step)
     sizes = _batch_sizes(e)
 
     def seen(total: int) -> int:
@@ -125,9 +165,9 @@ def step_times(
     more than `limit` seconds plus compilation and one step.
     """
     state, position = trainer.init(jnp.int32(1)), batches.get_state()
-    batch = trainer.place(next(batches))
-    state, metrics = trainer.step(state, batch)
-    jax.block_until_ready(metrics)  # compiled
+    for _ in batches.schedule.sizes:
+        state, metrics = trainer.step(state, trainer.place(next(batches)))
+        jax.block_until_ready(metrics)  # compiled
     data, began, drawn = trainer.experiment.data, time.monotonic(), 0
     while drawn < data.prefetch * max(1, data.workers) and time.monotonic() - began < limit:
         next(batches)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,23 @@ from vlm.models.modules import constants
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
-from vlm.sharding import batch_sharding, global_batch, placed, replicated, shardings
+from vlm.sharding import (
+    batch_sharding,
+    batch_ways,
+    global_batch,
+    placed,
+    replicated,
+    shardings,
+)
 from vlm.training.masking import mask_tokens
-from vlm.training.objectives import HEADS, UNTRAINED, Embeddings, embeddings, objective
+from vlm.training.objectives import (
+    HEADS,
+    UNTRAINED,
+    Embeddings,
+    embeddings,
+    objective,
+    whole_tokens,
+)
 from vlm.training.optimizer import learning_rate, make_optimizer, own_learning_rate
 from vlm.training.parameter_masks import check_patterns
 from vlm.training.partition import Params, joined, partition
@@ -172,7 +187,7 @@ class Trainer:
             "scale": jnp.exp(model["logit_scale"]),
             "grad_norm": grad_norm,
             "finite": finite,
-            "tokens": jnp.float32(self.tokens_per_step(image_size)),
+            "tokens": jnp.float32(self.tokens_per_step(image_size, batch)),
         }
         own_rate = own_learning_rate(config, opt_state)
         if config.transformation is None or own_rate is not None:
@@ -190,14 +205,22 @@ class Trainer:
     ) -> tuple[tuple[Array, dict[str, Array]], Params]:
         """Compute ((loss, metrics), gradient) of the batch, in micro-batches if configured."""
         e, scale = self.experiment, self.teacher.log_scale if self.teacher else 0.0
-        keys = jax.random.split(key, e.batch_size)  # of each example, for dropout and patch dropout
+        count = _rows(batch["images"])
+        keys = jax.random.split(key, count)  # of each example, for dropout and patch dropout
+        ways = batch_ways(self.mesh)
+        if "rows" in batch:  # sorted by the lengths of the texts
+            keys = keys[batch["rows"]]
 
         def embed(params, batch, keys):
             return self._embed(joined(params, state.frozen), batch, keys, size)
 
         def loss(params, *z):
             params, loss_key = joined(params, state.frozen), jax.random.fold_in(key, _LOSSES)
-            return objective(e, self.mesh, params, batch, Embeddings(*z), loss_key, scale)
+            of_loss, tokens = batch, batch["tokens"]
+            if e.losses and isinstance(tokens, tuple):
+                length = e.model.text.context_length
+                of_loss = batch | {"tokens": whole_tokens(tokens, ways, length, self.rules.pad_id)}
+            return objective(e, self.mesh, params, of_loss, Embeddings(*z), loss_key, scale)
 
         micro = e.micro_batch_size
         if micro is None or micro == e.batch_size:
@@ -224,7 +247,8 @@ class Trainer:
         elif e.text_masking:
             mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
             tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
-        return embeddings(self._model(params), images, tokens, keys, names)
+        ways = batch_ways(self.mesh)
+        return embeddings(self._model(params), images, tokens, keys, names, ways)
 
     def _select(
         self, state: TrainState, batch: dict, key: Key[Array, ""], size: int
@@ -243,13 +267,24 @@ class Trainer:
         params = joined(state.params, state.frozen)
         return select_batch(e, self.mesh, self.teacher, embed, params, batch, key)
 
-    def tokens_per_step(self, image_size: int) -> int:
-        """Return the number of tokens that the towers process in a step, without dropped ones."""
+    def tokens_per_step(self, image_size: int, batch: dict[str, Any] | None = None) -> int:
+        """Return the number of tokens that the towers process in a step, without dropped ones.
+
+        `batch` has arrays or their shapes; None: a batch of the config's sizes.
+        """
         e = self.experiment
-        full_size = image_size == e.model.vision.image_size  # NaFlex: its maximum
-        patches = e.model.vision.tokens(None if full_size else image_size, training=True)
+        count, vision = e.batch_size, e.model.vision
+        if batch is not None:
+            count, images = _rows(batch["images"]), batch["images"]
+            if e.sequence_lengths:
+                assert isinstance(images, Patches)
+                vision = dataclasses.replace(vision, max_patches=images.mask.shape[1])
+        full_size = image_size == vision.image_size  # NaFlex: its maximum
+        patches = vision.tokens(None if full_size else image_size, training=True)
+        if batch is not None and isinstance(batch["tokens"], tuple):
+            return count * patches + sum(math.prod(part.shape) for part in batch["tokens"])
         text_tokens = e.model.text.tokens(masking=e.text_masking)
-        return e.batch_size * (patches + (0 if e.objective == "classification" else text_tokens))
+        return count * (patches + (0 if e.objective == "classification" else text_tokens))
 
     def _average(self, ema: Params | None, params: Params, step: Array) -> Params | None:
         """Update the EMA; its decay ramps up so that the initial weights fade quickly."""
@@ -386,6 +421,11 @@ def batch_shapes(e: Experiment, teacher_width: int | None) -> dict[str, Any]:
         z = rows(teacher_width, dtype=jnp.float32)
         batch |= {"teacher_image": z, "teacher_text": z}
     return batch
+
+
+def _rows(images: Any) -> int:
+    """Number of images in a batch of pixels or patches."""
+    return jax.tree.leaves(images)[0].shape[0]
 
 
 def _eval_params(state: TrainState) -> Params:
