@@ -40,7 +40,7 @@ def edit(path, change):
             lambda v: v["vision_config"].update(hidden_act="swish"),
             "vision_config.*'swish'.*quick_gelu",
         ),
-        (lambda v: v.update(model_type="blip"), "model_type is 'blip'.*clip, siglip"),
+        (lambda v: v.update(model_type="llama"), "model_type is 'llama'.*clip, siglip"),
         (lambda v: v.pop("model_type"), "model_type is None"),
         (lambda v: v["text_config"].update(hidden_size="24"), r"text_config\.hidden_size is '24'"),
         (lambda v: v["vision_config"].update(patch_size=[6, 6]), r"patch_size is \[6, 6\]"),
