@@ -199,6 +199,7 @@ def test_every_filter_counts_and_a_stopped_run_ends_with_the_same_bytes(
         assert files(out) == whole
 
 
+@pytest.mark.slow
 def test_similar_images_are_found_by_the_model_alone(data, tmp_path):
     totals = run(data, tmp_path / "out", Preparation(max_similarity=0.999), embedder())
     assert 0 < totals["left_out"]["similar image"] < 15
