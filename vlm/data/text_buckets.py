@@ -16,7 +16,7 @@ from jaxtyping import Int, Int32
 from vlm.config import TextTowerConfig
 from vlm.models.text import used_lengths
 
-GROUPS = 16  # at most, in the rows of a device
+GROUPS = 8  # at most, in the rows of a device; more would save little, and make many shapes
 
 
 class TextBuckets:
