@@ -278,7 +278,6 @@ def test_a_killed_preparation_ends_with_the_same_bytes(data, evaluation, tmp_pat
         from vlm.config import DataConfig, PreprocessConfig
         from vlm.data import prepare as module
         from vlm.data.prepare_example import Preparation
-from vlm.data.sources import open_source
         from vlm.inputs.preprocess import Preprocess
         add = module.ShardWriter.add
         def slow(*args):
