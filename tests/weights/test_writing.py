@@ -299,6 +299,21 @@ def test_a_fastvit_is_not_written(form, tmp_path):
         assert np.array_equal(a, b), name
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "warned"),
+    [
+        ("oc_vit", "open_clip", False),
+        ("hf_clip", "huggingface", False),
+        ("hf_clip", "open_clip", True),
+    ],
+)
+def test_crops_one_pixel_apart_are_told(name, form, warned, tmp_path, caplog):
+    load(GOLDEN / name).save(tmp_path / "out", format=form)
+    found = [r.getMessage() for r in caplog.records if "odd margin" in r.getMessage()]
+    assert len(found) == warned
+    assert all("crop_rounding round, not floor" in message for message in found)
+
+
 def test_half_a_coca_is_not_written():
     bundle = load(GOLDEN / "oc_coca")
     with pytest.raises(CheckpointError, match=r"CoCa only with its captioning decoder.*vlm bundle"):

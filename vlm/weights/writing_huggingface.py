@@ -42,6 +42,7 @@ def write_huggingface(
     Raises:
         CheckpointError: transformers does not support something.
     """
+    parts.warn_of_crop("transformers", preprocess.config, "floor")
     config = model.config
     # AlignModel and Tipsv2Model take a mask.
     settings: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"]}

@@ -21,7 +21,7 @@ from vlm.weights.files import write_safetensors
 from vlm.weights.processors import RESIZE_MODES
 from vlm.weights.rules import write
 from vlm.weights.vocabularies import CLIP_BOS, CLIP_EOS, CLIP_SIZE, OPEN_CLIP_CLEAN
-from vlm.weights.writing_parts import check, dump, refuse, refuse_if
+from vlm.weights.writing_parts import check, dump, refuse, refuse_if, warn_of_crop
 from vlm.weights.writing_tokenizer import tokenizer_files
 
 
@@ -58,6 +58,7 @@ def _preprocess(p: PreprocessConfig) -> dict[str, Any]:
         f"preprocess.pad_value {p.pad_value} (a grey)": len(set(p.pad_value)) > 1,
     }
     refuse_if("open_clip", faults)
+    warn_of_crop("open_clip", p, "round")
     modes = {ours: theirs for theirs, ours in RESIZE_MODES.items()}
     modes["naflex"] = "squash"  # of a tower whose images need no mode
     return {

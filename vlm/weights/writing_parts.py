@@ -1,7 +1,8 @@
 """Common parts of the writers for other libraries."""
 
 import json
-from typing import Any, NoReturn
+import logging
+from typing import Any, Literal, NoReturn
 
 from etils import epath
 
@@ -18,6 +19,7 @@ HOLDS = {
     "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and BERT, XLM-R, RoBERTa and NLLB",
 }
 SIGMOID = "a logit_bias or the sigmoid loss"
+_log = logging.getLogger(__name__)
 _RESAMPLE = {name: number for number, name in PIL_RESAMPLE.items()}
 
 
@@ -54,6 +56,18 @@ def refuse(form: str, faults: list[str]) -> NoReturn:
         f"{form} has no place for {', '.join(faults)}: save the model as a vlm bundle "
         f"instead{holds}"
     )
+
+
+def warn_of_crop(form: str, c: PreprocessConfig, rounding: Literal["round", "floor"]) -> None:
+    """Log that a format's centre crops, with this rounding, are not those of the model."""
+    if c.resize == "crop" and c.crop_rounding != rounding:
+        _log.warning(
+            "%s crops images with an odd margin one pixel beside this model's crop "
+            "(preprocess.crop_rounding %s, not %s)",
+            form,
+            rounding,
+            c.crop_rounding,
+        )
 
 
 def dump(path: epath.Path, values: dict[str, Any]) -> None:
