@@ -23,6 +23,7 @@ from vlm.config import DataConfig, FieldFilter, MixturePart
 from vlm.data.pipeline import train_batches
 from vlm.data.scores import read_about
 from vlm.data.sources import open_source
+from vlm.data.weighted_order import order_of
 from vlm.errors import ConfigError, DataError
 from vlm.training import clip_score
 from vlm.training.clip_score import quantiles, score
@@ -143,6 +144,25 @@ def test_training_reads_the_best_pairs_of_every_layout(layout, access, pairs, ex
     if access == "stream":
         part = MixturePart(config.source, access=access, scores=out, filters=filters)
         assert set(captions_of(DataConfig(eval_split=None, mixture=(part,)))) == set(best)
+
+
+@pytest.mark.slow
+def test_a_score_can_be_the_weight_of_a_pair(pairs, expected, tmp_path):
+    source = write_csv(tmp_path / "data", pairs)
+    config = DataConfig(source, eval_split=None)
+    out = str(tmp_path / "scores")
+    score(config, "train", out, CLIP, batch_size=16)
+    weighted = dataclasses.replace(config, scores=out, weight_column="clip_score")
+    if min(expected.values()) < 0:  # random weights of the model
+        with pytest.raises(DataError, match="number of at least 0"):
+            order_of(open_source(weighted, "train"), weighted)
+    filters = (FieldFilter("clip_score", at_least=0),)
+    weighted = dataclasses.replace(weighted, filters=filters)
+    kept = open_source(weighted, "train")
+    found = order_of(kept, weighted).weights
+    wanted = [expected[kept[i]["caption"]] for i in range(len(kept))]
+    assert len(kept) > 0
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -202,8 +202,8 @@ class DataConfig(Config):
         weight_column: Feature with a number for each training example, such as a score: the
             example is drawn in proportion to it, and never at 0. An epoch keeps its length. It
             needs random access. None: each example once an epoch.
-        scores: Folder of CLIP scores of the training split, from `vlm data score`. Filters may name
-            its feature clip_score.
+        scores: Folder of CLIP scores of the training split, from `vlm data score`. Filters and
+            weight_column may name its feature clip_score.
 
     Example:
         >>> vlm.DataConfig(source="photos/", workers=8).workers
@@ -242,10 +242,6 @@ class DataConfig(Config):
             return values | {"source": ""}  # an earlier default, also of mixtures
         return values
 
-    @property
-    def _filtered(self) -> list[str]:
-        return [f.feature for f in self.filters]
-
     def check(self):
         _check_texts(self)
         if self.label is None and not self.mixture:
@@ -258,10 +254,12 @@ class DataConfig(Config):
                 "random access: set eval_split to a name, such as validation, and neither mixture "
                 'nor access="stream"'
             )
-        if self.scores and not self.mixture and "clip_score" not in self._filtered:
+        readers = [self.weight_column, *(f.feature for f in self.filters)]
+        if self.scores and not self.mixture and "clip_score" not in readers:
             raise ConfigError(
                 f"DataConfig.scores {self.scores!r} has the feature clip_score, and no filter "
-                'reads it: add FieldFilter("clip_score", at_least=...), or leave scores out'
+                'reads it: add FieldFilter("clip_score", at_least=...) or '
+                'weight_column="clip_score", or leave scores out'
             )
         if self.access == "random" and not self.mixture:
             self.refuse_unused('set access to "auto" or "stream"', "interleave", "shuffle")

@@ -124,8 +124,7 @@ def passes(example: Example, filters: Sequence[FieldFilter]) -> bool:
 def wanted_features(config: DataConfig) -> list[str]:
     """List the features that training reads besides the image, each once."""
     texts = [config.label] if config.label else list(config.captions)
-    weights = [config.weight_column] if config.weight_column else []
-    return list(dict.fromkeys([*texts, *_filtered_features(config), *weights]))
+    return list(dict.fromkeys([*texts, *_filtered_features(config), *_weights(config)]))
 
 
 def _filtered_features(config: DataConfig) -> list[str]:
@@ -134,12 +133,18 @@ def _filtered_features(config: DataConfig) -> list[str]:
     return [name for name in names if not (config.scores and name == SCORE)]
 
 
+def _weights(config: DataConfig) -> list[str]:
+    """List the feature of the data with weights, unless it is the score of `data.scores`."""
+    name = config.weight_column
+    return [] if name is None or (config.scores and name == SCORE) else [name]
+
+
 def check_features(config: DataConfig, known: Collection[str], where: str) -> None:
     """Raise a DataError that names the first feature of `config` that `known` lacks."""
     wanted = {"data.image": [config.image]}
     wanted |= {"data.label": [config.label]} if config.label else {"data.captions": config.captions}
     wanted |= {"data.filters": _filtered_features(config)}
-    wanted |= {"data.weight_column": [config.weight_column] if config.weight_column else []}
+    wanted |= {"data.weight_column": _weights(config)}
     for field, features in wanted.items():
         for feature in features:
             if feature not in known:

@@ -27,15 +27,15 @@ def filtered(source: Source, config: DataConfig) -> Subset:
 
     Bad samples pass, so that training still counts and lists them.
     """
-    scores = () if config.scores is None else ("scores", digest_of(config.scores))
     passing = _cached(
         source,
-        ("filters", config.filters, config.captions, config.hold_out, config.eval_split, *scores),
+        ("filters", *_subset_key(config)),
         config,
         lambda: [
             index
             for index, example in enumerate(scan(source))
-            if isinstance(example, BadSample) or _passes(example, config)
+            if isinstance(example, BadSample)
+            or passes(_with_score(example, config), config.filters)
         ],
     )
     if not len(passing):
@@ -45,10 +45,16 @@ def filtered(source: Source, config: DataConfig) -> Subset:
     return Subset(source, passing)
 
 
-def _passes(example: Example, config: DataConfig) -> bool:
-    """Whether an example passes the filters; DataError if it has no score."""
+def _subset_key(config: DataConfig) -> tuple[Any, ...]:
+    """Fields that choose the examples of the training split, and the scores that are joined."""
+    scores = () if config.scores is None else ("scores", digest_of(config.scores))
+    return config.filters, config.captions, config.hold_out, config.eval_split, *scores
+
+
+def _with_score(example: Example, config: DataConfig) -> Example:
+    """Add the score of `config.scores` to an example; DataError if the table does not list it."""
     try:
-        return passes(scored(example, config), config.filters)
+        return scored(example, config)
     except BadSample as missing:
         raise DataError(str(missing)) from None
 
@@ -74,9 +80,9 @@ def column_values(source: Source, config: DataConfig, column: str) -> np.ndarray
     """
     weights = _cached(
         source,
-        ("weights", column, config.filters, config.captions, config.hold_out, config.eval_split),
+        ("weights", column, *_subset_key(config)),
         config,
-        lambda: [_weight(*item, column) for item in enumerate(scan(source))],
+        lambda: [_weight(*item, config, column) for item in enumerate(scan(source))],
     )
     known = weights[weights >= 0]
     if not known.any():
@@ -87,10 +93,11 @@ def column_values(source: Source, config: DataConfig, column: str) -> np.ndarray
     return np.where(weights >= 0, weights, known.mean())
 
 
-def _weight(index: int, example: Example | BadSample, column: str) -> float:
+def _weight(index: int, example: Example | BadSample, config: DataConfig, column: str) -> float:
     """Return the weight of an example; -1 of a bad sample."""
     if isinstance(example, BadSample):
         return -1.0
+    example = _with_score(example, config)
     value, where = example.get(column), example.get(WHERE, f"example {index}")
     try:
         weight = float("nan") if isinstance(value, bool) or value is None else float(value)
