@@ -275,7 +275,7 @@ def test_the_live_display_shows_the_last_metrics(tmp_path):
     assert "<svg" not in live.html()
     row = {"loss": 2.5, "loss/mine": 0.125, "pairs_per_s": 1234.5, "data_wait": 0.01}
     for step in range(100, 1100, 100):
-        live.on_step(step, {**row, "start/seconds": 3.0})
+        live.on_step(step, {**row, "start/seconds": 3.0, "seconds": 20 + step * 0.0065})
     live.on_checkpoint(1000, {"checkpoint/seconds": 0.1})
     live.on_eval(
         1000, {"eval/cars/top1": 0.5, "eval/cars/top5": 0.875, "eval/text_to_image_R@1": 0.25}

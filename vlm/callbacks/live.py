@@ -41,7 +41,10 @@ class Live(Callback):
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         if "loss" in metrics:
             self._run["losses"].append((step, metrics["loss"]))
-            self._run.update(last=dict(metrics), status="training")
+            now = step, metrics.get("seconds", 0.0)
+            began, then = self._run.get("now", (self._run["run"].step, 0.0))
+            pace = (now[1] - then) / max(1, step - began)
+            self._run.update(last=dict(metrics), status="training", now=now, pace=pace)
             self._update()
 
     def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -71,8 +74,7 @@ class Live(Callback):
         if speed := last.get("pairs_per_s"):
             facts |= {"pairs/s": f"{speed:,.0f}", "data wait": f"{last['data_wait']:.1%}"}
             if status == "training":
-                left = (run.total_steps - step) * run.config["batch_size"]
-                facts["ETA"] = clock(left / speed)
+                facts["ETA"] = clock((run.total_steps - step) * self._run["pace"])
         if evals:
             at, metrics = evals[-1]
             facts["evaluation at step"] = f"{at:,}"
