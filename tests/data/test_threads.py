@@ -13,7 +13,7 @@ from kinds import PREPROCESS, TOKENIZER
 from PIL import Image
 
 from vlm.config import DataConfig, FieldFilter
-from vlm.data import parquet, storage
+from vlm.data import parquet_file, storage
 from vlm.data.examples import WHERE
 from vlm.data.pipeline import train_batches
 from vlm.data.sources import CachedSource, open_source
@@ -133,7 +133,7 @@ def test_parquet_holds_no_file_open(tmp_path, monkeypatch):
         opened.append(storage.open_file(path))
         return opened[-1]
 
-    monkeypatch.setattr(parquet, "open_file", open_file)
+    monkeypatch.setattr(parquet_file, "open_file", open_file)
     source = open_source(kinds.parquet_bytes(tmp_path), "train")
     for index in range(len(source)):
         source[index]

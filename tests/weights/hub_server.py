@@ -28,6 +28,12 @@ _LARGE = (
     ".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".parquet", ".tar", ".png", ".jpg"
 )  # what Git LFS holds  # fmt: skip
 
+
+def _place(name: str, file: str, data: bytes) -> str:
+    """Name of a large file on the host of large files."""
+    return hashlib.sha256(f"{name}/{file}/".encode() + data).hexdigest()
+
+
 Fault = Literal["cut", "drop", "stall", "500", "429", "403"]
 
 
@@ -62,6 +68,7 @@ class Hub:
         self.asked: list[Request] = []
         self.tokens: list[tuple[str, str | None]] = []  # host and token of each request
         self.blobs: dict[str, tuple[str, str, bytes]] = {}  # (repository, file, data) by its hash
+        self.places: dict[str, tuple[str, str, bytes]] = {}  # the same, by the names too
         self.stalling = threading.Event()  # set at the end: nobody waits any longer
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -99,6 +106,7 @@ class Hub:
         for file, data in held.items():
             if file.endswith(_LARGE):
                 self.blobs[hashlib.sha256(data).hexdigest()] = (name, file, data)
+                self.places[_place(name, file, data)] = (name, file, data)
         return commit
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
@@ -207,8 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.tokens.append((host, self.headers.get("Authorization")))
         path = urllib.parse.urlsplit(self.path).path
         if found := re.fullmatch(r"/cdn/(\w+)", path):
-            name, file, data = self.hub.blobs[found[1]]
-            self._send(name, file, data, {"ETag": f'"{found[1]}"'})
+            name, file, data = self.hub.places[found[1]]
+            self._send(name, file, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
         elif path == "/api/whoami-v2":
             self._who()
         elif found := re.fullmatch(rf"/api/(models|datasets)/{_NAME}(?:/revision/(.+))?", path):
@@ -422,7 +430,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(302)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Location", f"http://localhost:{self.hub.port}/cdn/{digest}")
+        place = _place(name, file, data)
+        self.send_header("Location", f"http://localhost:{self.hub.port}/cdn/{place}")
         self.send_header("Content-Length", "0")
         self.end_headers()
         self.hub.asked.append(Request(self.command, name, file, 0, 0))

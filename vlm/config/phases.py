@@ -9,9 +9,10 @@ import difflib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm.config.base import Config, json_value
+from vlm.config.optimizer import UNSET, Converted
 from vlm.config.resume import Effect, changes_between, option_of
 from vlm.errors import ConfigError, brief
 
@@ -50,7 +51,10 @@ class Phase(Config):
         (('text_masking', 0.0),)
     """
 
-    changes: tuple[tuple[str, Any], ...] = ()
+    if TYPE_CHECKING:
+        changes: Converted[tuple[tuple[str, Any], ...]] = UNSET
+    else:
+        changes: tuple[tuple[str, Any], ...] = ()
     step: int | None = None
     fraction: float | None = None
     examples: int | None = None

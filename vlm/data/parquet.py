@@ -5,6 +5,7 @@ Training reads these as a stream.
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import logging
@@ -282,7 +283,6 @@ def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
 def _footer(name: str) -> tuple[Any, Any]:
     """Read the metadata and the schema of a Parquet file; DataError if it cannot."""
     try:
-        check_footer(name)
         with open_parquet(name) as file:
             return file.metadata, file.schema_arrow
     except FileNotFoundError:
@@ -296,8 +296,14 @@ def _footers(names: list[str]) -> list[tuple[Any, Any]]:
     """Read the footers of files: remote ones at the same time, local ones are faster in turn."""
     if not any(map(is_remote, names)):
         return [_footer(name) for name in names]
+
+    def newest(name: str) -> tuple[Any, Any]:
+        with contextlib.suppress(OSError):  # which reading reports
+            check_footer(name)
+        return _footer(name)
+
     with ThreadPoolExecutor(_FOOTERS) as pool:
-        return list(pool.map(_footer, names))
+        return list(pool.map(newest, names))
 
 
 def _example(columns: Columns, values: dict[str, Any], name: str, row: int) -> Example | BadSample:
