@@ -117,7 +117,7 @@ def test_a_log_is_written_without_pytorch_where_it_is_installed(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError('PyTorch was imported')")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from vlm.training.logs import "
-        f"summary_writer; board = summary_writer({str(tmp_path / 'board')!r}, 0); "
+        f"EventWriter; board = EventWriter({str(tmp_path / 'board')!r}, 0); "
         "board.add_scalar('loss', 1.0, 1); board.close(); print('torch' in sys.modules)"
     )
     assert python(code) == "False\n"

@@ -12,21 +12,51 @@ from vlm.callbacks.base import Callback, RunInfo
 from vlm.paths import as_path
 
 
-def summary_writer(folder: str, step: int) -> Any:
-    """Make a TensorBoard writer that continues after `step`; later points are hidden.
+class EventWriter:
+    """A TensorBoard event file that continues after `step`; later points are hidden.
 
-    tensorboardX would import PyTorch, which takes seconds and is not needed.
+    It writes at once. tensorboardX's `SummaryWriter` writes in a thread, and its `flush` does not
+    wait for that, so a killed run would lose rows.
     """
+
+    def __init__(self, folder: str, step: int):
+        os.makedirs(folder, exist_ok=True)
+        self._event, self._summary, events = _tensorboardx()
+        # Without the suffix, writers that start in the same second would share a file.
+        suffix = f".{time.time_ns()}"
+        self._file = events.EventsWriter(os.path.join(folder, "events"), suffix)
+        start = self._event.SessionLog(status=self._event.SessionLog.START)
+        self._write(step + 1, session_log=start)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._write(step, summary=self._summary.scalar(name, value))
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self._write(step, summary=self._summary.text(name, text))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        event = self._event.Event(wall_time=time.time(), step=step, **content)
+        self._file.write_event(event)
+
+
+def _tensorboardx() -> tuple[Any, Any, Any]:
+    """Import parts of tensorboardX without PyTorch, which takes seconds and is not needed."""
     absent = "torch" not in sys.modules
     if absent:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] (cannot be imported now)
-    try:
-        from tensorboardX import SummaryWriter  # only in the process that writes files
+    try:  # only in the process that writes files
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
     finally:
         if absent:
             del sys.modules["torch"]
-    # Without the suffix, writers that start in the same second would share a file.
-    return SummaryWriter(folder, purge_step=step + 1, filename_suffix=f".{time.time_ns()}")
+    return event_pb2, summary, event_file_writer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +78,7 @@ class TensorBoard(Callback):
     def on_start(self, run: RunInfo) -> None:
         own = run.local / "tensorboard"
         folder = own if self.folder is None else as_path(self.folder) / run.folder.name
-        writer = self._run["writer"] = summary_writer(os.fspath(folder), run.step)
+        writer = self._run["writer"] = EventWriter(os.fspath(folder), run.step)
         config = json.dumps(run.config, indent=2, ensure_ascii=False)
         writer.add_text("config", f"```json\n{config}\n```", run.step)
 

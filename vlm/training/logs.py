@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vlm._json import to_json
 from vlm.callbacks import in_notebook
-from vlm.callbacks.tensorboard import summary_writer
+from vlm.callbacks.tensorboard import EventWriter
 from vlm.chips import published_rate
 from vlm.config import Experiment, in_phase
 from vlm.config.batch_sizes import at_size, batch_sizes
@@ -66,7 +66,7 @@ class Logs:
             phases = range(len(run.experiment.phases) + 1)
             if any(in_phase(run.experiment, number).selection for number in phases):
                 self._counts = ExampleCounts(experiment, rows, first_step)
-            self._board = summary_writer(str(sync.local / "tensorboard"), first_step)
+            self._board = EventWriter(str(sync.local / "tensorboard"), first_step)
         self._progress = Progress(
             TextColumn("[bold]{task.completed}/{task.total}"),
             BarColumn(bar_width=24),
