@@ -167,6 +167,9 @@ def test_the_footer_of_a_remote_parquet_file_is_read_once(server):
     server.files[path] = parquet(*range(50, 95))  # written again
     source = open_source(config, "train")
     assert [source[i]["caption"] for i in (0, 44)] == ["picture 50", "picture 94"]
+    del server.files[path]  # a footer that was read before does not hide it
+    with pytest.raises(DataError, match="there is no table"):
+        open_source(config, "train")
 
 
 @pytest.mark.slow

@@ -1,10 +1,9 @@
 """Interleaved readers (lanes) of a stream, and the batches made from them.
 
 Rows l b to (l + 1) b - 1 of every global batch are the next b good samples of lane l; b may differ
-between batches. A process
-owns whole lanes, and so does each of its workers. So batches are the same for any number of
-workers, and for any number of processes that divides the lanes. The position of a lane is sent with
-its rows, so it does not include prefetched samples.
+between batches. A process owns whole lanes, and so does each of its workers. So batches are the
+same for any number of workers, and for any number of processes that divides the lanes. The position
+of a lane is sent with its rows, so it does not include prefetched samples.
 """
 
 import collections

@@ -5,7 +5,6 @@ Training reads these as a stream.
 """
 
 import collections
-import contextlib
 import functools
 import itertools
 import logging
@@ -280,9 +279,14 @@ def read_columns(path: str, columns: list[str]) -> list[dict[str, Any]]:
         raise OSError(f"{path} cannot be read as Parquet ({first_line(error)})") from None
 
 
-def _footer(name: str) -> tuple[Any, Any]:
-    """Read the metadata and the schema of a Parquet file; DataError if it cannot."""
+def _footer(name: str, *, fresh: bool = False) -> tuple[Any, Any]:
+    """Read the metadata and the schema of a Parquet file; DataError if it cannot.
+
+    With `fresh`, a remote file that was read before is asked if it has changed.
+    """
     try:
+        if fresh:
+            check_footer(name)
         with open_parquet(name) as file:
             return file.metadata, file.schema_arrow
     except FileNotFoundError:
@@ -296,14 +300,8 @@ def _footers(names: list[str]) -> list[tuple[Any, Any]]:
     """Read the footers of files: remote ones at the same time, local ones are faster in turn."""
     if not any(map(is_remote, names)):
         return [_footer(name) for name in names]
-
-    def newest(name: str) -> tuple[Any, Any]:
-        with contextlib.suppress(OSError):  # which reading reports
-            check_footer(name)
-        return _footer(name)
-
     with ThreadPoolExecutor(_FOOTERS) as pool:
-        return list(pool.map(newest, names))
+        return list(pool.map(functools.partial(_footer, fresh=True), names))
 
 
 def _example(columns: Columns, values: dict[str, Any], name: str, row: int) -> Example | BadSample:
