@@ -9,7 +9,7 @@ of a lane is sent with its rows, so it does not include prefetched samples.
 import collections
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -21,7 +21,7 @@ from vlm.cluster.processes import exchange_texts
 from vlm.config import DataConfig
 from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.faults import BadSample, TooManyBad
-from vlm.data.shards import FILTERED, Lane, Sample
+from vlm.data.shards import FILTERED, READERS, Lane, Sample
 from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.tokenizer import AnyTokenizer
@@ -29,8 +29,7 @@ from vlm.nn.naflex import Patches
 
 MAX_DEFAULT_LANES = 256  # if the config does not set `interleave`
 
-_READERS = 32  # I/O threads
-_CHUNK = 4  # samples per task of a decoding thread
+_CHUNK = 4  # samples per task of a decoding thread, from one lane or several
 _MAX_FILTERED = 1_000_000  # in a row, before the filter counts as rejecting everything
 
 Position = list[Any]  # of one lane: JSON
@@ -206,19 +205,31 @@ class _DecodedSample(NamedTuple):
     source: Sample | None
 
 
+_Chunk = tuple[int, list[tuple[Sample, Position]]]  # lane, and its next samples to decode
+
+
+class _Task(NamedTuple):
+    """A chunk in a task of the decoders: it has `start` to `end` of the results."""
+
+    future: Future[list[_DecodedSample]]
+    start: int
+    end: int
+
+
 class LaneIterator(grain.DatasetIterator):
     """Iterator that reads and decodes in threads, up to one batch ahead."""
 
     def __init__(self, batches: LaneBatches):
         super().__init__()
         self._batches = batches
-        self._readers = ThreadPoolExecutor(min(_READERS, len(batches.lanes)), "read")
+        readers = getattr(batches.stream, "readers", READERS)
+        self._readers = ThreadPoolExecutor(min(readers, len(batches.lanes)), "read")
         self._decoders = ThreadPoolExecutor(max(1, batches.threads), "decode")
         self._lanes: dict[int, Lane] = {}
         for number in batches.lanes:
             position = batches.positions.get(str(number))
             self._lanes[number] = batches.stream.lane(number, position, self._readers)
-        self._ahead = {number: collections.deque[Future]() for number in self._lanes}
+        self._ahead = {number: collections.deque[_Task]() for number in self._lanes}
         self._ready = {number: collections.deque[_DecodedSample]() for number in self._lanes}
         self._in_a_row = dict.fromkeys(self._lanes, 0)
         self._filtered = dict.fromkeys(self._lanes, 0)
@@ -236,8 +247,7 @@ class LaneIterator(grain.DatasetIterator):
         groups: list[int] = []
         bad: list[dict[str, str]] = []
         after: dict[str, Position] = {}
-        for number in self._lanes:
-            self._fill(number)
+        self._fill(self._lanes)
         for number in self._lanes:
             for _ in range(rows):
                 sample, text = self._next_good(number, patches, bad)
@@ -247,8 +257,7 @@ class LaneIterator(grain.DatasetIterator):
                 texts.append(text)
                 groups.append(sample.group)
         self._step += 1
-        for number in self._lanes:
-            self._fill(number)  # decoders run during tokenization
+        self._fill(self._lanes)  # decoders run during tokenization
         tokens, cut = b.tokenizer.rows(texts)
         return {
             "images": images,
@@ -277,8 +286,9 @@ class LaneIterator(grain.DatasetIterator):
         ready = self._ready[number]
         while True:
             while not ready:
-                self._fill(number)
-                ready.extend(self._ahead[number].popleft().result())
+                self._fill([number])
+                future, start, end = self._ahead[number].popleft()
+                ready.extend(future.result()[start:end])
             sample = ready.popleft()
             if sample.source is not None and sample.patches != patches:
                 sample = self._decode([(sample.source, sample.after)], patches)[0]
@@ -301,14 +311,33 @@ class LaneIterator(grain.DatasetIterator):
             if self._in_a_row[number] >= self._batches.max_bad_in_a_row:
                 raise TooManyBad.in_a_row(self._in_a_row[number], sample.text)
 
-    def _fill(self, number: int) -> None:
-        ahead, lane = self._ahead[number], self._lanes[number]
-        while len(ahead) < self._max_ahead:
-            step, row = self._next_row[number]
-            rows, patches = self._batches.size_at(step)
-            samples = [(next(lane), lane.position()) for _ in range(min(_CHUNK, rows - row))]
-            ahead.append(self._decoders.submit(self._decode, samples, patches))
-            self._move(number, sum(sample.example is not FILTERED for sample, _ in samples))
+    def _fill(self, numbers: Iterable[int]) -> None:
+        """Start to decode the next samples of lanes; a task has at least `_CHUNK`, if it can."""
+        waiting: list[_Chunk] = []
+        count, length = 0, None
+        for number in numbers:
+            ahead, lane = self._ahead[number], self._lanes[number]
+            for _ in range(self._max_ahead - len(ahead)):
+                step, row = self._next_row[number]
+                rows, patches = self._batches.size_at(step)
+                if count >= _CHUNK or patches != length:
+                    self._submit(waiting, length)
+                    waiting, count, length = [], 0, patches
+                samples = [(next(lane), lane.position()) for _ in range(min(_CHUNK, rows - row))]
+                waiting.append((number, samples))
+                count += len(samples)
+                self._move(number, sum(sample.example is not FILTERED for sample, _ in samples))
+        self._submit(waiting, length)
+
+    def _submit(self, chunks: list[_Chunk], patches: int | None) -> None:
+        """Submit a task for the chunks of several lanes; nothing if there are none."""
+        if not chunks:
+            return
+        samples = [sample for _, own in chunks for sample in own]
+        future, start = self._decoders.submit(self._decode, samples, patches), 0
+        for number, own in chunks:
+            self._ahead[number].append(_Task(future, start, start + len(own)))
+            start += len(own)
 
     def _move(self, number: int, rows: int) -> None:
         """Move the next row to decode of a lane by at most the rest of its batch."""

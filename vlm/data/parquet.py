@@ -59,7 +59,10 @@ class ParquetFormat:
                 for group, row in groups:
                     if row + file.metadata.row_group(group).num_rows <= start:
                         continue
-                    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=wanted):
+                    batches = file.iter_batches(  # lanes are read by threads already
+                        _ROWS, row_groups=[group], columns=wanted, use_threads=False
+                    )
+                    for batch in batches:
                         skipped = min(max(0, start - row), len(batch))
                         taken = batch.slice(skipped, max(0, end - row - skipped))
                         for i, values in enumerate(taken.to_pylist(), row + skipped):

@@ -9,6 +9,7 @@ in that order, and the lane continues after it.
 """
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future
@@ -24,7 +25,9 @@ from vlm.data.scores import scored
 from vlm.data.storage import read_file
 from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError
+from vlm.paths import is_remote
 
+READERS = 32  # threads that read remote files
 SHUFFLE = 8192  # samples in the shuffle buffers, if neither the config nor the format sets it
 
 _INDEX_BITS = 24  # bits for the index of an example in its part
@@ -115,6 +118,9 @@ class Shards:
         if self.together:
             self.block = 2 * self.together * part_length
         self.fix_mixing = fix_mixing
+        # Reading local files is work of the cores, and more threads than these slow each other.
+        remote = any(map(is_remote, names))
+        self.readers = READERS if remote else min(READERS, os.cpu_count() or 1)
         self.shard_length = shard_length  # estimated examples in a shard of unknown length
         self.examples = shard_length * len(names)
         self.description = f"about {self.examples:,} examples read as a stream{description}"
