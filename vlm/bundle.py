@@ -5,7 +5,6 @@ A saved bundle is a folder: `bundle.json` (configs of the model and its inputs),
 is saved without its base model, and loads together with it.
 """
 
-import collections
 import functools
 import itertools
 import math
@@ -29,10 +28,11 @@ from vlm.inputs.preprocess import Preprocess, with_options
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
+from vlm.models.running import run_batches
 from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
-from vlm.sharding import place_padded, replicated, shardings, to_host
+from vlm.sharding import replicated, shardings, to_host
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
@@ -326,23 +326,8 @@ class Bundle(FactSheet):
         )
 
     def _run(self, program, batches, size: int) -> Float32[np.ndarray, "n d"]:
-        """Run all batches; results of a batch are fetched while the next one is computed."""
-        parts: list[Any] = [np.zeros((0, self.embed_dim), np.float32)]
-        running: collections.deque = collections.deque()
-
-        def fetch() -> None:
-            z, count = running.popleft()
-            parts.append(np.asarray(z)[:count])
-
-        for rows in batches:
-            count = len(rows.mask if isinstance(rows, Patches) else rows)
-            z = program(self._split[1], place_padded(rows, count, size, self._mesh))
-            running.append((z, count))
-            if len(running) > 1:
-                fetch()
-        while running:
-            fetch()
-        return np.concatenate(parts)
+        encode = functools.partial(program, self._split[1])
+        return run_batches(encode, batches, size, self.embed_dim, self._mesh)
 
     def _batch_size(self, batch_size: int | None) -> int:
         if batch_size is None:
@@ -395,7 +380,8 @@ def load(
         image_size: another resolution, in pixels; position embeddings are resized.
         context_length: another number of tokens in a text; position embeddings are truncated or
             interpolated as in the model's own code, or FG-CLIP 2's for long texts (65 to 196).
-        dtype: of parameters and computation, "float32" or "bfloat16".
+        dtype: of parameters and computation: "float32", "bfloat16", "float16", or "stored", the
+            type of the file.
         mesh: shard the parameters over this mesh by the rules of `vlm.sharding`; each host reads
             the checkpoint, a tensor at a time, and keeps its shard. All hosts must encode the same
             inputs, and all get the embeddings. None: the default device.
@@ -425,7 +411,7 @@ def load(
         sizes = {"image_size": image_size, "context_length": context_length}
         options = {"dtype": dtype, "mesh": mesh, "tower": tower, "decode": decode}
         return _load_adapted(saved, base, sizes, resize_backend=resize_backend, **options)
-    kind = instantiate.parameter_dtype(dtype)
+    instantiate.check_dtype(dtype)
     checkpoint, name = open_model(model, revision, architecture)
     rules = checkpoint.config.partition
     place = None if mesh is None else instantiate.parameter_shardings(mesh, rules)
@@ -440,6 +426,7 @@ def load(
         checkpoint.text_positions,
     )
     positions = checkpoint.positions, checkpoint.text_positions
+    kind = instantiate.parameter_dtype(dtype, checkpoint.tensors)
     filled = instantiate.fill_towers(
         instantiate.abstract_model(config, kind),
         resizing(checkpoint.rules, checkpoint.config, config, *positions),

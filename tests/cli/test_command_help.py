@@ -127,7 +127,9 @@ Arguments:
 Options:
   --format vlm|huggingface|open_clip
                                 Output format (default: vlm)
-  --dtype float32|bfloat16      Type of the weights (default: float32)
+  --dtype float32|bfloat16|float16|stored
+                                Type of the weights; stored: that of MODEL's
+                                file (default: float32)
   --architecture TEXT           Name of the architecture in open_clip, if MODEL
                                 is a file of weights alone (default: none)
 

@@ -12,7 +12,7 @@ def convert(
     out: options.NewFolder,
     /,
     format: Literal["vlm", "huggingface", "open_clip"] = "vlm",
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16", "stored"] = "float32",
     architecture: str | None = None,
 ) -> None:
     """Write a model as a folder: weights, image preprocessing and tokenizer together.
@@ -27,7 +27,7 @@ def convert(
 
     Args:
         format: output format.
-        dtype: type of the weights.
+        dtype: type of the weights; stored: that of MODEL's file.
         architecture: Name of the architecture in open_clip, if MODEL is a file of weights alone.
     """
     folder = options.new_folder(out)

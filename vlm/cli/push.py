@@ -20,7 +20,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16", "stored"] = "float32",
     dry_run: str | None = None,
 ) -> None:
     """Upload a model to the Hugging Face Hub, with a model card, as one commit.
@@ -44,7 +44,7 @@ def push(
         private: make a new repository private. Otherwise the account's default applies.
         revision: branch to push to; created if there is none. None: main.
         commit_message: first line of the commit. None: "Upload with vlm".
-        dtype: type of the weights.
+        dtype: type of the weights; stored: that of MODEL's file.
         dry_run: write all files to this new folder, and upload nothing.
     """
     if dry_run is not None:

@@ -25,7 +25,7 @@ def serve(
     api_key: Annotated[tuple[str, ...], arg(metavar="KEY...")] = (),
     name: str | None = None,
     tower: Literal["both", "vision", "text"] = "both",
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     templates: options.Templates = (),
     max_batch: int | None = None,
     max_body_mib: int = 16,

@@ -1,5 +1,7 @@
 """Models from checkpoints: abstract first, then filled with the parameters of their towers."""
 
+import collections
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -20,16 +22,35 @@ from vlm.weights.rules import Rule, expand, fill, flat_shapes
 Tower = Literal["both", "vision", "text"]
 
 
-def parameter_dtype(name: str) -> DTypeLike:
-    """Convert the name of a parameter type.
+DTYPES: dict[str, Any] = {
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "float16": jnp.float16,
+}
+_LARGEST = 8  # tensors that tell a checkpoint's type
+
+
+def check_dtype(name: str) -> None:
+    """Check the name of a parameter type.
 
     Raises:
-        ConfigError: it is neither float32 nor bfloat16.
+        ConfigError: it is unknown.
     """
-    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if name not in known:
-        raise ConfigError(f"dtype {name!r} is not supported: choose float32 or bfloat16")
-    return known[name]
+    if name != "stored" and name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not supported: choose {', '.join(DTYPES)} or stored")
+
+
+def parameter_dtype(name: str, tensors: Tensors) -> Any:
+    """Convert the name of a parameter type; "stored" is that of most large tensors in the file.
+
+    Quantized weights and float64 become float32.
+    """
+    if name != "stored":
+        return DTYPES[name]
+    sizes = {tensor: math.prod(shape) for tensor, shape in tensors.shapes.items() if shape}
+    largest = sorted(sizes, key=lambda tensor: -sizes[tensor])[:_LARGEST]
+    found = collections.Counter(str(tensors.read(tensor, 0, 1).dtype) for tensor in largest)
+    return DTYPES.get(found.most_common(1)[0][0] if found else "float32", jnp.float32)
 
 
 def checked_tower(tower: str) -> Tower:

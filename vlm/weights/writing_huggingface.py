@@ -11,7 +11,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import huggingface
 from vlm.weights import writing_parts as parts
 from vlm.weights.files import write_safetensors
-from vlm.weights.rules import write
+from vlm.weights.rules import flat_arrays, write
 from vlm.weights.writing_align import align_config, align_preprocess, align_tensors
 from vlm.weights.writing_bert_clip import bert_clip_config, bert_clip_tensors, is_bert_clip
 from vlm.weights.writing_one_tower import (
@@ -74,7 +74,8 @@ def write_huggingface(
             values = huggingface_config(config, tokenizer)
             tensors = write(model, huggingface.RULES[values["model_type"]])
         processor = _preprocess(preprocess.config, values["model_type"])
-    parts.dump(folder / "config.json", values)
+    largest = max((array for _, array in flat_arrays(model)), key=lambda array: array.size)
+    parts.dump(folder / "config.json", values | {"dtype": str(largest.dtype)})
     parts.dump(folder / "preprocessor_config.json", processor)
     if not is_one_tower(config):
         tokenizer_files(folder, tokenizer, **settings)

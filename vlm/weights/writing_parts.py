@@ -83,7 +83,6 @@ def model_values(family: str, architecture: str, **more: Any) -> dict[str, Any]:
     return {
         "architectures": [architecture],
         "model_type": family,
-        "dtype": "float32",
         **more,
     }
 
