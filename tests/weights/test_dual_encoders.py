@@ -1,8 +1,9 @@
-"""VisionTextDualEncoder, CLIPSeg, OWL-ViT and BLIP: what is written back, and what is refused.
+"""VisionTextDualEncoder, CLIPSeg, OWL-ViT, BLIP, AIMv2: what is written back, what is refused.
 
 Their outputs are compared in test_golden.py.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import vlm
 from vlm.errors import CheckpointError, ConfigError
+from vlm.weights import writing_parts
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -26,6 +28,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
         ("hf_vt_dino_clip", "vision-text-dual-encoder"),
         ("hf_clipseg", "clip"),
         ("hf_owlvit", "clip"),
+        ("hf_aimv2", "aimv2"),
     ],
 )
 def test_models_are_written_back(name, written, tmp_path):
@@ -74,6 +77,16 @@ def changed(name, part, changes, tmp_path):
             "vlm reads BlipForImage",
         ),
         ("hf_blip", "vision_config", {"num_channels": 4}, "4 channels"),
+        ("hf_aimv2", "vision_config", {"use_head": False}, "without its pooling head has no embed"),
+        ("hf_aimv2", "vision_config", {"is_native": True}, "is_native is True: vlm supports False"),
+        ("hf_aimv2", "text_config", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (
+            "hf_aimv2",
+            "text_config",
+            {"mlp_bias": True},
+            r"missing from the file: .*ffn\.gate_proj\.",
+        ),
+        ("hf_aimv2", None, {"max_logit_scale": 0.5}, "max_logit_scale is 0.5: it must be greater"),
     ],
 )
 def test_configs_that_differ_are_refused_by_name(name, part, changes, message, tmp_path):
@@ -100,3 +113,37 @@ def test_a_processor_that_vlm_does_not_have_is_refused(tmp_path):
     file.write_text(json.dumps({"image_processor_type": "Owlv2ImageProcessor"}))
     with pytest.raises(CheckpointError, match="image_processor_type is 'Owlv2ImageProcessor'"):
         vlm.load(folder)
+
+
+def test_aimv2_bounds_its_scale_as_transformers_does(tmp_path):
+    folder = shutil.copytree(GOLDEN / "hf_aimv2", tmp_path / "aimv2")
+    tensors = load_file(folder / "model.safetensors")
+    for stored, scale in ((7.0, 100.0), (-2.0, 1.0)):
+        tensors["logit_scale"] = np.asarray(stored, np.float32)
+        save_file(tensors, folder / "model.safetensors")
+        assert np.isclose(vlm.load(folder).logit_scale, scale, rtol=1e-6)
+
+
+def test_aimv2_with_trained_biases_is_written_with_them(tmp_path):
+    model = vlm.load(GOLDEN / "hf_aimv2")
+    bias = model.model.text.transformer.blocks.mlp.up.bias
+    bias.set_value(bias.get_value() + 0.5)
+    pixels = jnp.asarray(np.load(GOLDEN / "hf_aimv2" / "outputs.npz")["pixels"])
+    model.save(tmp_path / "back", format="huggingface")
+    values = json.loads((tmp_path / "back" / "config.json").read_text())
+    on = {
+        (part, field): values[f"{part}_config"][field]
+        for part in ("vision", "text")
+        for field in ("qkv_bias", "mlp_bias")
+    }
+    assert [place for place, value in on.items() if value] == [("text", "mlp_bias")]
+    again = vlm.load(tmp_path / "back")
+    assert np.array_equal(model.encode_text(["a cat"]), again.encode_text(["a cat"]))
+    assert np.array_equal(model.model.encode_image(pixels), again.model.encode_image(pixels))
+
+
+def test_aimv2_with_a_part_that_transformers_lacks_is_not_written(tmp_path):
+    c = vlm.load(GOLDEN / "hf_aimv2").config
+    text = dataclasses.replace(c.text, causal=False)
+    with pytest.raises(CheckpointError, match=r"text\.causal False \(True\)"):
+        writing_parts.refuse_differences("transformers", dataclasses.replace(c, text=text), c)

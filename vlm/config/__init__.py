@@ -54,6 +54,7 @@ from vlm.config.towers import ConvNeXtConfig as ConvNeXtConfig
 from vlm.config.towers import FastViTConfig as FastViTConfig
 from vlm.config.towers import FastViTStage as FastViTStage
 from vlm.config.towers import MlpKind as MlpKind
+from vlm.config.towers import NormKind as NormKind
 from vlm.config.towers import ResNetConfig as ResNetConfig
 from vlm.config.towers import VisionTowerConfig as VisionTowerConfig
 from vlm.config.towers import ViTaminConfig as ViTaminConfig

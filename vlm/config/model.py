@@ -8,7 +8,14 @@ from vlm.config.base import Config, kept_tokens
 from vlm.config.bounds import check_activation, check_heads, check_projection
 from vlm.config.code import ImportPath
 from vlm.config.module_towers import MeshAxis, TextModuleConfig
-from vlm.config.towers import Activation, VisionTowerConfig, ViTConfig, from_older_form
+from vlm.config.towers import (
+    Activation,
+    MlpKind,
+    NormKind,
+    VisionTowerConfig,
+    ViTConfig,
+    from_older_form,
+)
 from vlm.errors import ConfigError
 
 # Contrastive losses.
@@ -46,6 +53,8 @@ class TextConfig(Config):
         layer_scale: Learn a scale for each channel of each branch of a block (arXiv:2103.17239).
         norm: Position of the layer norms. pre: before each branch; post: after each residual sum
             and after the embeddings (BERT).
+        norm_kind: Kind of the norms. layer: LayerNorm; rms: RMSNorm, without mean and bias (AIMv2).
+        mlp: Kind of MLP. plain: two layers; the others are gated, as in `ViTConfig`.
         last_norm: For norm post: one more norm after the blocks (AltCLIP).
         pooler: For norm post: a linear layer and a tanh after pooling (BERT's pooler).
         projection: Layer from the pooled token to the shared space. mlp: two layers without
@@ -81,6 +90,8 @@ class TextConfig(Config):
     activation: Activation | ImportPath = "gelu_tanh"
     norm_eps: float = 1e-6
     dropout: float = 0.0
+    norm_kind: NormKind = "layer"
+    mlp: MlpKind = "plain"
 
     def check(self):
         check_heads(self)

@@ -16,6 +16,8 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 # Kinds of MLP in a transformer block. swiglu: EVA-02's, whose gated hidden layer is normalised;
 # swiglu_plain: DINOv2's, which is not; geglu: ViTamin's, which normalises its input a second time.
 MlpKind = Literal["plain", "swiglu", "swiglu_plain", "geglu"]
+# Kinds of norm in a transformer. rms: RMSNorm, without mean and bias (AIMv2).
+NormKind = Literal["layer", "rms"]
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,19 @@ class ViTConfig(VisionTower):
         rotary_centred: Rotate by the centre of a patch, where the image spans -2 pi to 2 pi
             (DINOv3).
         pool: Pooling. class: a learned first token; mean: of all tokens; map: attention pooling
-            (SigLIP); query: CoCa's attentional pooler.
-        pool_heads: Number of heads of map and query pooling. None: `heads`.
+            (SigLIP); query: CoCa's attentional pooler; probe: attention of a learned query without
+            a projection, norm or MLP (AIMv2).
+        pool_heads: Number of heads of map, query and probe pooling. None: `heads`.
         pool_mlp_dim: Width of the hidden layer of map pooling's MLP. None: `mlp_dim`.
         class_token: Add a learned first token, also with other kinds of pooling.
         registers: Number of learned register tokens before the patches (arXiv:2309.16588).
         pre_norm: Add a norm between the embedding and the blocks (CLIP).
+        stem_norm: Add a norm between the patch embedding and the positions (AIMv2).
         norm_pooled: Normalise after mean pooling, in place of before it.
         layer_scale: Learn a scale for each channel of each branch of a block (arXiv:2103.17239).
         norm: Position of the layer norms. pre: before each branch; branch: after each branch,
             before the residual sum (EVA-02-E).
+        norm_kind: Kind of the norms. layer: LayerNorm; rms: RMSNorm, without mean and bias (AIMv2).
         mlp: Kind of MLP. plain: two layers; swiglu: gated, with a norm of the hidden layer
             (EVA-02); swiglu_plain: gated, without that norm (DINOv2, TIPSv2); geglu: gated, with
             two norms of the input (ViTamin).
@@ -93,7 +98,7 @@ class ViTConfig(VisionTower):
     rotary: int | None = None
     rotary_span: int | None = None
     rotary_rows_first: bool = False
-    pool: Literal["class", "mean", "map", "query"] = "map"
+    pool: Literal["class", "mean", "map", "query", "probe"] = "map"
     pool_heads: int | None = None
     pool_mlp_dim: int | None = None
     class_token: bool = False
@@ -115,6 +120,8 @@ class ViTConfig(VisionTower):
     rotary_centred: bool = False
     pooler: bool = False
     position: bool = True
+    stem_norm: bool = False
+    norm_kind: NormKind = "layer"
 
     def check(self):
         check_heads(self)
@@ -144,12 +151,13 @@ class ViTConfig(VisionTower):
                 f"{self.patch_size} cannot: give fewer stem_widths"
             )
         more = self.prefix_tokens or self.rotary is not None or self.pre_norm or not self.position
+        more = more or self.stem_norm
         plain = self.stem == "linear" and self.pool in ("map", "mean") and not more
         if self.max_patches is not None and not plain:
             raise ConfigError(
                 f"ViTConfig.max_patches {self.max_patches} is only valid for NaFlex: remove "
-                'class_token, registers, rotary and pre_norm, and set position=True, stem="linear" '
-                'and pool="map" or "mean"'
+                "class_token, registers, rotary, stem_norm and pre_norm, and set position=True, "
+                'stem="linear" and pool="map" or "mean"'
             )
         if self.stem == "conv" and self.image_size % self.patch_size:
             raise ConfigError(

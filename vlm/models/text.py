@@ -9,7 +9,7 @@ from vlm.config import TextConfig, TextTowerConfig
 from vlm.models.projection import map_pool, projection, projection_flops
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, part
-from vlm.nn.layers import LayerNorm, Linear
+from vlm.nn.layers import NORMS, Linear
 from vlm.nn.pooling import TEXT_POOLS, map_pool_flops
 from vlm.nn.positions import sinusoids
 from vlm.nn.transformer import Execution, Transformer, block_flops
@@ -37,7 +37,8 @@ class TextTower(nnx.Module):
         learned = c.positions == "learned"
         self.position = nnx.Param(position(rngs.params(), (count, c.width))) if learned else None
         post = c.norm == "post"
-        self.embedding_norm = LayerNorm(c.width, c.norm_eps, rngs=rngs) if post else None
+        norm = NORMS[c.norm_kind]
+        self.embedding_norm = norm(c.width, c.norm_eps, rngs=rngs) if post else None
         self.transformer = Transformer(
             c.width,
             c.depth,
@@ -49,11 +50,13 @@ class TextTower(nnx.Module):
             causal=c.causal,
             layer_scale=c.layer_scale,
             norm=c.norm,
+            norm_kind=c.norm_kind,
+            mlp=c.mlp,
             execution=execution,
             rngs=rngs,
         )
         last = not post or c.last_norm
-        self.norm = LayerNorm(c.width, c.norm_eps, rngs=rngs) if last else None
+        self.norm = norm(c.width, c.norm_eps, rngs=rngs) if last else None
         self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
         self.pooler = Linear(c.width, c.width, dtype=dtype, rngs=rngs) if c.pooler else None
         self.projection = projection(c, c.width, embed_dim, dtype=dtype, rngs=rngs)
@@ -113,7 +116,7 @@ def text_flops(config: TextConfig, embed_dim: int, *, masking: float = 0.0) -> d
     c, tokens = config, config.tokens(masking=masking)
     pool = map_pool_flops(c.width, c.mlp_dim, tokens) if c.pool == "map" else 0.0
     return {
-        **block_flops(c, tokens),
+        **block_flops(c, tokens, gated=c.mlp != "plain"),
         "pool": pool + 2 * c.width**2 * c.pooler,
         "projection": projection_flops(c, c.width, embed_dim),
     }

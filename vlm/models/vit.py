@@ -10,10 +10,18 @@ from vlm.config import ViTConfig
 from vlm.models.projection import map_pool, projection, projection_flops
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, part
-from vlm.nn.layers import LayerNorm, Linear, split_keys
+from vlm.nn.layers import NORMS, Linear, split_keys
 from vlm.nn.naflex import Patches
 from vlm.nn.patches import ConvStem, NestedStem, PatchStem, drop_patches, drop_real_patches
-from vlm.nn.pooling import MapPool, QueryPool, map_pool_flops, mean_pool, query_pool_flops
+from vlm.nn.pooling import (
+    MapPool,
+    ProbePool,
+    QueryPool,
+    map_pool_flops,
+    mean_pool,
+    probe_pool_flops,
+    query_pool_flops,
+)
 from vlm.nn.positions import grid_rotation
 from vlm.nn.transformer import Execution, Transformer, block_flops
 
@@ -50,7 +58,9 @@ class ViTTower(nnx.Module):
         registers = (c.registers, c.width)
         self.registers = nnx.Param(normal(rngs.params(), registers)) if c.registers else None
 
-        self.pre_norm = LayerNorm(c.width, c.norm_eps, rngs=rngs) if c.pre_norm else None
+        norm = NORMS[c.norm_kind]
+        self.stem_norm = norm(c.width, c.norm_eps, rngs=rngs) if c.stem_norm else None
+        self.pre_norm = norm(c.width, c.norm_eps, rngs=rngs) if c.pre_norm else None
         self.transformer = Transformer(
             c.width,
             c.depth,
@@ -61,6 +71,7 @@ class ViTTower(nnx.Module):
             dropout_rate=c.dropout,
             layer_scale=c.layer_scale,
             norm=c.norm,
+            norm_kind=c.norm_kind,
             mlp=c.mlp,
             attention_norm=c.attention_norm,
             key_bias=c.key_bias,
@@ -68,12 +79,14 @@ class ViTTower(nnx.Module):
             rngs=rngs,
         )
         pooled_width = embed_dim if c.pool == "query" else c.width
-        self.norm = LayerNorm(pooled_width, c.norm_eps, rngs=rngs)
+        self.norm = norm(pooled_width, c.norm_eps, rngs=rngs)
+        heads = c.pool_heads or c.heads
         if c.pool == "query":
-            heads = c.pool_heads or c.heads
             self.pool = QueryPool(
                 c.width, embed_dim, heads, norm_eps=c.norm_eps, dtype=dtype, rngs=rngs
             )
+        elif c.pool == "probe":
+            self.pool = ProbePool(c.width, heads, dtype=dtype, rngs=rngs)
         else:
             self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
         self.pooler = Linear(c.width, c.width, dtype=dtype, rngs=rngs) if c.pooler else None
@@ -121,6 +134,7 @@ class ViTTower(nnx.Module):
             return self._naflex_tokens(images, keys, intermediates)
         patch_keys, block_keys = split_keys(keys)
         x = self.stem(images)
+        x = x if self.stem_norm is None else self.stem_norm(x)
         position = None if self.position is None else self.position[...].astype(x.dtype)
         x = x if position is None else x + position[c.has_class_token :]
         x = drop_patches(x, c.patch_dropout, patch_keys)
@@ -170,6 +184,9 @@ class ViTTower(nnx.Module):
             case "mean":
                 x = mean_pool(x if c.norm_pooled else self.norm(x), mask)
                 x = self.norm(x) if c.norm_pooled else x
+            case "probe":
+                assert isinstance(self.pool, ProbePool)
+                x = self.pool(self.norm(x), intermediates=part(intermediates, "pool"))
             case "map":
                 assert isinstance(self.pool, MapPool)
                 x = self.pool(self.norm(x), mask, intermediates=part(intermediates, "pool"))
@@ -226,6 +243,8 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
         pool = map_pool_flops(c.width, c.pool_mlp_dim or c.mlp_dim, tokens)
     elif c.pool == "query":
         pool = query_pool_flops(c.width, embed_dim, tokens)
+    elif c.pool == "probe":
+        pool = probe_pool_flops(c.width, tokens)
     elif c.pooler:
         pool = 2 * c.width**2
     return {

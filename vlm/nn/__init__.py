@@ -8,10 +8,12 @@ with epy.lazy_api_imports(globals()):
     from vlm.nn.intermediates import capture as capture
     from vlm.nn.layers import LayerNorm as LayerNorm
     from vlm.nn.layers import Mlp as Mlp
+    from vlm.nn.layers import RMSNorm as RMSNorm
     from vlm.nn.naflex import Patches as Patches
     from vlm.nn.patches import ConvStem as ConvStem
     from vlm.nn.patches import PatchStem as PatchStem
     from vlm.nn.pooling import MapPool as MapPool
+    from vlm.nn.pooling import ProbePool as ProbePool
     from vlm.nn.pooling import QueryPool as QueryPool
     from vlm.nn.transformer import Block as Block
     from vlm.nn.transformer import Execution as Execution

@@ -117,6 +117,21 @@ def _attend_by_head(query, key, value, mask, *, causal, intermediates: Intermedi
     return jnp.einsum("bhqk,bhkd->bhqd", weights, value).transpose(0, 2, 1, 3)
 
 
+def attend_captured(
+    query: Float[Array, "b q h d"],
+    key: Float[Array, "b k h d"],
+    value: Float[Array, "b k h d"],
+    mask: Bool[Array, "#b #h #q k"] | None = None,
+    *,
+    causal: bool = False,
+    intermediates: Intermediates | None = None,
+) -> Float[Array, "b q h d"]:
+    """`attend`; with `intermediates`, capture the weights "attention", without a fused kernel."""
+    if intermediates is None:
+        return attend(query, key, value, mask, causal=causal)
+    return _attend_by_head(query, key, value, mask, causal=causal, intermediates=intermediates)
+
+
 class Attention(nnx.Module):
     """Multi-head attention: projections of shape (width, heads, head_dim) and back.
 
@@ -182,9 +197,6 @@ class Attention(nnx.Module):
         query, key, value = (y.reshape(*y.shape[:2], heads, head_dim) for y in (query, key, value))
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        if intermediates is None:
-            y = attend(query, key, value, mask, causal=causal)
-        else:
-            y = _attend_by_head(query, key, value, mask, causal=causal, intermediates=intermediates)
+        y = attend_captured(query, key, value, mask, causal=causal, intermediates=intermediates)
         y = checkpoint_name(y.reshape(*x.shape[:2], -1), ATTENDED)
         return linear(self.out, y if self.norm is None else self.norm(y))

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from vlm.config import Activation, Code, ImportPath, MlpKind
+from vlm.config import Activation, Code, ImportPath, MlpKind, NormKind
 from vlm.errors import check_choice
 from vlm.nn.remat import MLP_HIDDEN
 
@@ -146,6 +146,29 @@ class LayerNorm(nnx.Module):
         centred = wide - wide.mean(-1, keepdims=True)
         inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
         return (centred * inverse * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square of the last axis, in float32 (arXiv:1910.07467).
+
+    Example:
+        >>> from flax import nnx
+        >>> norm = vlm.nn.RMSNorm(4, 1e-6, rngs=nnx.Rngs(0))
+        >>> norm(jnp.full((1, 4), 3.0)).round(3).tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
+    """
+
+    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        wide = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale[...]).astype(x.dtype)
+
+
+NORMS: dict[NormKind, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}
 
 
 class Mlp(nnx.Module):

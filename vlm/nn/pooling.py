@@ -1,5 +1,6 @@
 """Pooling of a token sequence to one vector."""
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -8,10 +9,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm.config import Activation, ImportPath, TextPool
-from vlm.nn.attention import Attention
+from vlm.nn.attention import Attention, attend_captured
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates
-from vlm.nn.layers import LayerNorm, Mlp
+from vlm.nn.layers import LayerNorm, Linear, Mlp, linear
 
 
 class MapPool(nnx.Module):
@@ -92,6 +93,36 @@ class QueryPool(nnx.Module):
         return self.attention(query, self.context_norm(x), intermediates=intermediates)[:, 0]
 
 
+class ProbePool(nnx.Module):
+    """Attention pooling whose learned query is not projected (AIMv2, arXiv:2411.14402).
+
+    Example:
+        >>> from flax import nnx
+        >>> pool = vlm.nn.ProbePool(16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        >>> pool(jnp.ones((2, 5, 16))).shape
+        (2, 16)
+    """
+
+    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        init = nnx.initializers.xavier_uniform()
+        project = functools.partial(nnx.LinearGeneral, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.probe = nnx.Param(init(rngs.params(), (heads, width // heads)))
+        self.key = project(width, (heads, width // heads))
+        self.value = project(width, (heads, width // heads))
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    @auto_axes
+    def __call__(
+        self, x: Float[Array, "b n d"], *, intermediates: Intermediates | None = None
+    ) -> Float[Array, "b d"]:
+        shape = (*x.shape[:2], *self.probe.shape)
+        query = jnp.broadcast_to(self.probe[...].astype(x.dtype), (len(x), 1, *self.probe.shape))
+        key = linear(self.key, x, fixed_bias=True).reshape(shape)
+        value = linear(self.value, x).reshape(shape)
+        y = attend_captured(query, key, value, intermediates=intermediates)
+        return self.out(y.reshape(x.shape[0], -1))
+
+
 def mean_pool(
     x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
 ) -> Float[Array, "b d"]:
@@ -138,6 +169,11 @@ def map_pool_flops(width: int, mlp_dim: int, tokens: int) -> float:
     """FLOPs of attention pooling: one query, keys and values of all tokens, and an MLP."""
     attention = 2 * (2 * width**2 + 2 * tokens * width**2 + 2 * tokens * width)
     return attention + 2 * 2 * width * mlp_dim
+
+
+def probe_pool_flops(width: int, tokens: int) -> float:
+    """FLOPs of pooling by an unprojected probe: keys, values, attention and an output layer."""
+    return 2 * (2 * tokens * width**2 + 2 * tokens * width + width**2)
 
 
 def query_pool_flops(width: int, embed_dim: int, tokens: int) -> float:

@@ -11,12 +11,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from vlm.config import Activation, Code, ImportPath, MlpKind, RematPolicy
+from vlm.config import Activation, Code, ImportPath, MlpKind, NormKind, RematPolicy
 from vlm.errors import check_choice
 from vlm.nn.attention import Attention
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, changes_below
-from vlm.nn.layers import LayerNorm, Mlp, dropout, split_keys
+from vlm.nn.layers import NORMS, Mlp, dropout, split_keys
 from vlm.nn.positions import Rotation
 from vlm.nn.remat import checkpoint_policy
 from vlm.sharding import by_rows, cut_over_fsdp, gathered
@@ -67,6 +67,7 @@ class Block(nnx.Module):
         causal: bool = False,
         layer_scale: bool = False,
         norm: Literal["pre", "post", "branch"] = "pre",
+        norm_kind: NormKind = "layer",
         mlp: MlpKind = "plain",
         attention_norm: bool = False,
         key_bias: bool = True,
@@ -74,7 +75,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_choice("norm", norm, ("pre", "post", "branch"))
-        self.attention_norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.attention_norm = NORMS[norm_kind](width, norm_eps, rngs=rngs)
         self.attention = Attention(
             width,
             heads,
@@ -83,7 +84,7 @@ class Block(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.mlp_norm = LayerNorm(width, norm_eps, rngs=rngs)
+        self.mlp_norm = NORMS[norm_kind](width, norm_eps, rngs=rngs)
         self.mlp = Mlp(width, mlp_dim, act, kind=mlp, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
         small = jnp.full(width, LAYER_SCALE)
         self.attention_scale = nnx.Param(small) if layer_scale else None

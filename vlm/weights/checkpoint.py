@@ -14,7 +14,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.fields import fields, read_json
 from vlm.weights.files import SafetensorsFile, Shards, Tensors
 from vlm.weights.resolution import Positions, TextPositions
-from vlm.weights.rules import Rule
+from vlm.weights.rules import Rule, count_layers
 from vlm.weights.torch_pickle import TorchFile
 
 _SHARD = re.compile(r"\w[\w.-]*")  # no path, so that nothing outside the folder is read
@@ -84,6 +84,24 @@ class ComputedTensors:
             return self._tensors.read(name, start, stop)
         shape, rows = self._computed[name]
         return rows(start, shape[0] if stop is None and shape else stop)
+
+
+def with_zero_biases(
+    tensors: Tensors, rules: Sequence[Rule], off: Callable[[str], bool]
+) -> Tensors:
+    """Add biases of zero for layers whose name in the file is `off`, as their config says."""
+    computed: dict[str, Computed] = {}
+    for rule in rules:
+        if not rule.theirs.endswith(".bias") or not off(rule.theirs):
+            continue
+        weight = rule.theirs.removesuffix("bias") + "weight"
+        count = count_layers(tensors.shapes, weight) if "{}" in weight else 1
+        for layer in range(count):
+            name, shape = rule.theirs.format(layer), tensors.shapes.get(weight.format(layer))
+            if shape is not None and name not in tensors.shapes:
+                zeros = np.zeros(shape[0], np.float32)
+                computed[name] = (zeros.shape, lambda start, stop, x=zeros: x[start:stop])
+    return ComputedTensors(tensors, computed) if computed else tensors
 
 
 def float32_rows(tensors: Tensors, name: str, start: int, stop: int | None) -> np.ndarray:

@@ -16,6 +16,11 @@ def norm(theirs: str, ours: str) -> list[Rule]:
     return [Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias")]
 
 
+def rms_norm(theirs: str, ours: str) -> list[Rule]:
+    """RMSNorm."""
+    return [Rule(f"{theirs}.weight", f"{ours}.scale")]
+
+
 def linear(theirs: str, ours: str, *, bias: bool = True, kernel: Transform = LINEAR) -> list[Rule]:
     """Linear, or another layer with a kernel and a bias."""
     rules = [Rule(f"{theirs}.weight", f"{ours}.kernel", kernel)]

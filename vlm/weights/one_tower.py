@@ -36,7 +36,7 @@ from vlm.weights.vision_towers import (
     is_unused,
     vision_config,
     vision_rules,
-    with_zero_biases,
+    without_biases,
 )
 
 _TEXT = "clip_text_model"
@@ -75,7 +75,7 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
     if kind == "vit" and root is not None:
         vision = dataclasses.replace(vision, pooler=True)
     rules = vision_rules(kind, vision, tensors.shapes)
-    tensors = with_zero_biases(tensors, rules, vision, DEFAULTS[kind] | values)
+    tensors = without_biases(tensors, rules, DEFAULTS[kind] | values)
     if vision.projection == "linear":
         rules = [*rules, *linear("visual_projection", "vision.projection", bias=False)]
     preprocess = huggingface.preprocess_config(folder, vision.image_size)

@@ -13,6 +13,7 @@ from etils import epath
 
 from vlm.config import ModelConfig
 from vlm.weights import (
+    aimv2,
     align,
     bert_clip,
     blip,
@@ -36,6 +37,7 @@ FAMILIES = (
     vision_text,
     clip_inside,
     blip,
+    aimv2,
 )
 _READERS: dict[str, ModuleType] = {
     name: family for family in FAMILIES for name in family.MODEL_TYPES

@@ -24,7 +24,7 @@ from vlm.weights.vision_towers import (
     is_unused,
     vision_config,
     vision_rules,
-    with_zero_biases,
+    without_biases,
 )
 
 MODEL_TYPES = ("vision-text-dual-encoder",)
@@ -61,7 +61,7 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
     assert isinstance(vision, ViTConfig)
     kind = values["vision_config"]["model_type"]
     table = rules(config, kind, tensors.shapes)
-    tensors = with_zero_biases(tensors, table, vision, DEFAULTS[kind] | values["vision_config"])
+    tensors = without_biases(tensors, table, DEFAULTS[kind] | values["vision_config"])
     if text.norm == "post":
         computed = bert_positions(tensors, "text_model", text, first_position(text))
         tensors = ComputedTensors(tensors, *computed)

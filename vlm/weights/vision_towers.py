@@ -13,7 +13,7 @@ import numpy as np
 from vlm.config import ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights import huggingface
-from vlm.weights.checkpoint import Computed, ComputedTensors
+from vlm.weights.checkpoint import with_zero_biases
 from vlm.weights.fields import choice, integer, number
 from vlm.weights.files import Tensors
 from vlm.weights.layers import MLP, block, conv, fused, heads, linear, norm, out
@@ -79,26 +79,15 @@ def root_of(kind: str, shapes: Shapes, within: str = "") -> str:
     return next((root for root in roots if f"{root}embeddings.{anchor}" in shapes), within)
 
 
-def with_zero_biases(
-    tensors: Tensors, rules: list[Rule], c: ViTConfig, given: dict[str, Any]
-) -> Tensors:
-    """Add biases of zero to the attention of a tower whose config turns them off."""
+def without_biases(tensors: Tensors, rules: list[Rule], given: dict[str, Any]) -> Tensors:
+    """Add biases of zero to the attention of a tower whose config, `given`, turns them off."""
     off = [
-        part
-        for part, field in (("query", "query_bias"), ("key", "key_bias"), ("value", "value_bias"))
-        if given.get(field) is False or given.get("qkv_bias") is False
+        (f".{part}.bias", f".{part[0]}_proj.bias")
+        for part in ("query", "key", "value")
+        if given.get(f"{part}_bias") is False or given.get("qkv_bias") is False
     ]
-    names = {
-        rule.theirs.format(layer)
-        for rule in rules
-        for layer in range(c.depth)
-        if rule.ours in {f"{_OURS}.attention.{part}.bias" for part in off}
-    }
-    computed: dict[str, Computed] = {
-        name: ((c.width,), lambda start, stop: np.zeros(c.width, np.float32)[start:stop])
-        for name in names - tensors.shapes.keys()
-    }
-    return ComputedTensors(tensors, computed) if computed else tensors
+    endings = tuple(ending for pair in off for ending in pair)
+    return with_zero_biases(tensors, rules, lambda name: name.endswith(endings))
 
 
 def is_unused(name: str) -> bool:

@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from vlm.config import EfficientNetConfig, ModelConfig, PreprocessConfig, ViTConfig
+from vlm.config import EfficientNetConfig, ModelConfig, NoTextConfig, PreprocessConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
@@ -12,6 +12,7 @@ from vlm.weights import huggingface
 from vlm.weights import writing_parts as parts
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import flat_arrays, write
+from vlm.weights.writing_aimv2 import aimv2_config, aimv2_tensors, is_aimv2
 from vlm.weights.writing_align import align_config, align_preprocess, align_tensors
 from vlm.weights.writing_bert_clip import bert_clip_config, bert_clip_tensors, is_bert_clip
 from vlm.weights.writing_one_tower import (
@@ -51,6 +52,9 @@ def write_huggingface(
     if isinstance(config.vision, EfficientNetConfig):
         values, tensors = align_config(config, tokenizer), align_tensors(model)
         processor = align_preprocess(preprocess.config)
+    elif is_aimv2(config):
+        values, tensors = aimv2_config(model, tokenizer), aimv2_tensors(model)
+        processor = _preprocess(preprocess.config, "clip")
     elif is_one_tower(config):
         values = one_tower_config(config)
         kind = values["model_type"]
@@ -77,7 +81,7 @@ def write_huggingface(
     largest = max((array for _, array in flat_arrays(model)), key=lambda array: array.size)
     parts.dump(folder / "config.json", values | {"dtype": str(largest.dtype)})
     parts.dump(folder / "preprocessor_config.json", processor)
-    if not is_one_tower(config):
+    if not isinstance(config.text, NoTextConfig):
         tokenizer_files(folder, tokenizer, **settings)
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
 

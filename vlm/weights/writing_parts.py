@@ -1,5 +1,6 @@
 """Common parts of the writers for other libraries."""
 
+import dataclasses
 import json
 import logging
 from typing import Any, Literal, NoReturn
@@ -13,8 +14,8 @@ from vlm.weights.processors import PIL_RESAMPLE
 
 HOLDS = {
     "transformers": (
-        "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP and TIPSv2, ALIGN, and the vision towers "
-        "of CLIP, SigLIP, ViT, DINOv2 and DINOv3 alone"
+        "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP, TIPSv2 and AIMv2, ALIGN, and the vision "
+        "towers of CLIP, SigLIP, ViT, DINOv2, DINOv3 and AIMv2 alone"
     ),
     "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and BERT, XLM-R, RoBERTa and NLLB",
 }
@@ -41,6 +42,19 @@ def check(
         if getattr(tower, field) != value
     ]
     refuse_if(form, dict.fromkeys(found, True) | (faults or {}))
+
+
+def refuse_differences(form: str, config: ModelConfig, made: ModelConfig) -> None:
+    """Raise an error if a file that reads as `made` would lose something of `config`."""
+    faults = {}
+    for tower in ("vision", "text"):
+        ours, theirs = getattr(config, tower), getattr(made, tower)
+        for field in dataclasses.fields(ours):
+            value, other = getattr(ours, field.name), getattr(theirs, field.name, None)
+            differs = value != other and field.name not in ("dropout", "patch_dropout")
+            faults[f"{tower}.{field.name} {value!r} ({other!r})"] = differs
+    faults[SIGMOID] = config.init_bias is not None or config.loss == "sigmoid"
+    refuse_if(form, faults)
 
 
 def refuse_if(form: str, faults: dict[str, bool]) -> None:
