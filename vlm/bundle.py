@@ -22,7 +22,7 @@ from jaxtyping import Float32, Int32, UInt8
 from vlm.config import LOSS_SCORES, AdapterConfig, ModelConfig
 from vlm.display import FactSheet
 from vlm.errors import CheckpointError, ConfigError
-from vlm.inputs.batches import pixel_batches
+from vlm.inputs.batches import batch_size_of, pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
 from vlm.inputs.preprocess import Preprocess, with_options
 from vlm.inputs.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import replicated, shardings, to_host
+from vlm.video import encode_video
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
@@ -143,8 +144,8 @@ class Bundle(FactSheet):
         Raises:
             DataError: an image is missing or unreadable; the message names it.
         """
-        instantiate.check_tower(self.model, "vision", self.name)
-        size = self._batch_size(batch_size)
+        instantiate.check_images(self.model, self.name)
+        size = batch_size_of(batch_size)
         batches = pixel_batches(self.preprocess, one_or_many(images), size, on_error)
         return self._run(self._image_program, batches, size)
 
@@ -159,11 +160,13 @@ class Bundle(FactSheet):
             DataError: a text is not a string.
         """
         instantiate.check_tower(self.model, "text", self.name)
-        size = self._batch_size(batch_size)
+        size = batch_size_of(batch_size)
         stream = iter([texts] if isinstance(texts, str) else texts)
         chunks = iter(lambda: list(itertools.islice(stream, size)), [])
         batches = (shortened(self.tokenizer(chunk), self.config.text) for chunk in chunks)
         return self._run(self._text_program, batches, size)
+
+    encode_video = encode_video
 
     def encode_pixels(self, rows: UInt8[np.ndarray, "n h w 3"] | Patches) -> Float32[Any, "n d"]:
         """Encode one batch of `preprocess.collate` to unit-norm embeddings."""
@@ -328,13 +331,6 @@ class Bundle(FactSheet):
     def _run(self, program, batches, size: int) -> Float32[np.ndarray, "n d"]:
         encode = functools.partial(program, self._split[1])
         return run_batches(encode, batches, size, self.embed_dim, self._mesh)
-
-    def _batch_size(self, batch_size: int | None) -> int:
-        if batch_size is None:
-            return 32 if jax.default_backend() == "cpu" else 256
-        if batch_size < 1:
-            raise ConfigError(f"batch_size {batch_size} is too small: give at least 1")
-        return batch_size
 
     def _facts(self) -> tuple[str, dict[str, str]]:
         c = self.config

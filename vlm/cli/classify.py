@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vlm.cli import options, runtime
-from vlm.cli.model import leading_model, load_model, model_name
+from vlm.cli.model import leading_model, model_name
 from vlm.cli.parse import UsageError
 from vlm.cli.runs import classifier_of
 from vlm.errors import DataError
@@ -29,6 +29,7 @@ def classify(
     classifier: Annotated[str | None, arg(metavar="FILE")] = None,
     class_names: options.ClassNames = None,
     json: bool = False,
+    video: options.Video = None,
 ) -> None:
     """Classify images: print the best labels of each image, with calibrated scores.
 
@@ -39,6 +40,7 @@ def classify(
       vlm classify photos/ --labels-file names.txt --top 1 --json
       vlm classify photos/ --labels "dog,cat" --other-label "a photo." --threshold 0.5
       vlm classify photos/ --model ViT-L-14 --classifier prompt.safetensors
+      vlm classify clips/ --video 8 --labels "dog,cat"
 
     Args:
         top: how many labels to show for each image.
@@ -64,17 +66,17 @@ def classify(
     if top < 1:
         raise UsageError(f"--top {top} shows nothing: give at least 1")
     runtime.prepare_inference()
-    from vlm.cli.images import Unreadable, find_images
+    from vlm.cli.images import Unreadable, find_inputs
     from vlm.cli.terminal import chunks, print_status, progress
     from vlm.display import bar
     from vlm.heads.saved import load_classifier
     from vlm.heads.zero_shot import ZeroShotClassifier
 
-    paths, note = find_images(images), ""
+    note = ""
+    paths, bundle = find_inputs(images, model, video)
     if classifier is not None:
-        classify_images = load_classifier(classifier, load_model(model))
+        classify_images = load_classifier(classifier, bundle)
     else:
-        bundle = load_model(model)
         prompts, note = prompts_of(found, class_names, templates, bundle)
         classify_images = ZeroShotClassifier(bundle, prompts, None, other_label, multi_label)
     unreadable = Unreadable(len(paths))

@@ -14,7 +14,7 @@ import numpy as np
 from tyro.conf import arg
 
 from vlm.cli import options, runtime
-from vlm.cli.model import leading_model, load_model, model_name
+from vlm.cli.model import leading_model, model_name
 from vlm.cli.parse import UsageError
 from vlm.errors import DataError
 
@@ -29,6 +29,7 @@ def embed(
     model: options.ModelOption = None,
     batch_size: options.BatchSize = None,
     beam: options.Beam = (),
+    video: options.Video = None,
 ) -> None:
     """Write the embeddings of images to a file: float32 rows of unit norm, and their ids.
 
@@ -43,6 +44,7 @@ def embed(
       vlm embed photos/ photos.npz
       vlm embed a.png "more/*.jpg" out.safetensors
       vlm embed photos/ photo-embeddings/ --model ViT-L-14
+      vlm embed clips/ clips.npz --video 8
       vlm embed photos/ out/ --beam runner=FlinkRunner flink_master=host:8081
 
     Args:
@@ -62,17 +64,18 @@ def embed(
         )
     embed_elsewhere = None
     if beam:
+        if video is not None:
+            raise UsageError("--video runs on this machine: leave out --beam")
         from vlm.data.beam import pipeline
 
         embed_elsewhere = functools.partial(
             _embed_with_beam, pipeline(beam), model_name(model), images, batch_size
         )
     runtime.prepare_inference()
-    from vlm.cli.images import Unreadable, find_images
+    from vlm.cli.images import Unreadable, find_inputs
     from vlm.cli.terminal import print_status
 
-    paths = find_images(images)
-    bundle = load_model(model)
+    paths, bundle = find_inputs(images, model, video)
     unreadable = Unreadable(len(paths))
     kept = embed_parts(bundle, paths, parts, batch_size, unreadable, embed_elsewhere)
     if kept and as_file:

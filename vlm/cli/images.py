@@ -5,17 +5,32 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 
+from vlm.cli.model import load_model
 from vlm.errors import DataError
-from vlm.inputs.folders import files_under, is_image_name, report_skipped
+from vlm.inputs.folders import files_under, report_skipped
 from vlm.inputs.opening import ADDED_FORMATS, SUFFIXES, OnError
+from vlm.inputs.videos import VIDEO_SUFFIXES
 from vlm.paths import as_path, is_remote
 
 
-def find_images(places: Sequence[str], *, absolute: bool = False) -> list[epath.Path]:
-    """Return the images that `places` name, in order, without repeats.
+class Kind(NamedTuple):
+    """What a command looks for in folders."""
+
+    name: str
+    suffixes: frozenset[str]
+
+
+IMAGE, VIDEO = Kind("image", SUFFIXES), Kind("video", VIDEO_SUFFIXES)
+
+
+def find_images(
+    places: Sequence[str], *, absolute: bool = False, kind: Kind = IMAGE
+) -> list[epath.Path]:
+    """Return the images, or videos, that `places` name, in order, without repeats.
 
     A file is accepted with any name. A folder, local or remote, is searched recursively for image
     suffixes, sorted by path, without hidden files. A pattern (`*`, `?`, `[...]`, `**`) is
@@ -26,10 +41,33 @@ def find_images(places: Sequence[str], *, absolute: bool = False) -> list[epath.
     Raises:
         DataError: a place that does not exist, or that has no images.
     """
-    files = (path for place in places for path in _images(place))
+    files = (path for place in places for path in _images(place, kind))
     if absolute:
         files = (path if is_remote(path) else os.path.abspath(path) for path in files)
     return [as_path(path) for path in dict.fromkeys(files)]
+
+
+def find_inputs(
+    places: Sequence[str],
+    model: str | None,
+    video: int | None,
+    *,
+    absolute: bool = False,
+) -> tuple[list[epath.Path], Any]:
+    """Return the images that `places` name and the model; with `video`, videos and their encoder.
+
+    The model is loaded last, so that a wrong place is reported at once.
+
+    Raises:
+        DataError: as `find_images`.
+        ConfigError: a number of frames that the model does not take.
+    """
+    paths = find_images(places, absolute=absolute, kind=IMAGE if video is None else VIDEO)
+    if video is None:
+        return paths, load_model(model)
+    from vlm.heads.video_encoder import VideoEncoder
+
+    return paths, VideoEncoder(load_model(model), video)
 
 
 def state_of(path: epath.PathLike) -> tuple[int, int | None]:
@@ -85,15 +123,15 @@ class Unreadable:
             )
 
 
-def _images(place: str) -> list[str]:
+def _images(place: str, kind: Kind) -> list[str]:
     path = as_path(place)
     if path.is_dir():
-        images, skipped = _by_suffix(files_under(path))
+        images, skipped = _by_suffix(files_under(path), kind)
         if not images:
             types = sorted({os.path.splitext(name)[1] or "no extension" for name in skipped})
             raise DataError(
-                f"the folder {place!r} holds no images, which end in "
-                f"{', '.join(sorted(SUFFIXES))}"
+                f"the folder {place!r} holds no {kind.name}s, which end in "
+                f"{', '.join(sorted(kind.suffixes))}"
                 + (f": it has {len(skipped):,} files of {', '.join(types[:8])}" if types else "")
             )
     elif path.exists():
@@ -103,12 +141,13 @@ def _images(place: str) -> list[str]:
         if not matches and glob.has_magic(place):
             raise DataError(f"nothing matches {place!r}: check the pattern")
         if not matches:
-            raise DataError(f"there is no image {place!r}: check the path")
+            raise DataError(f"there is no {kind.name} {place!r}: check the path")
         files = [f for m in matches for f in (files_under(m) if os.path.isdir(m) else [m])]
-        images, skipped = _by_suffix(f for f in files if not os.path.basename(f).startswith("."))
+        visible = (f for f in files if not os.path.basename(f).startswith("."))
+        images, skipped = _by_suffix(visible, kind)
         if not images:
-            raise DataError(f"no image matches {place!r}: check the pattern")
-    report_skipped(skipped, place)
+            raise DataError(f"no {kind.name} matches {place!r}: check the pattern")
+    report_skipped(skipped, place, f"are no {kind.name}s")
     return _readable_formats(images, place)
 
 
@@ -130,8 +169,10 @@ def _readable_formats(images: list[str], place: str) -> list[str]:
     return images
 
 
-def _by_suffix(files: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split files into those with an image suffix and the others; each sorted by path."""
-    found = sorted(files)
-    images = [file for file in found if is_image_name(file)]
-    return images, [file for file in found if not is_image_name(file)]
+def _by_suffix(files: Iterable[str], kind: Kind) -> tuple[list[str], list[str]]:
+    """Split files into those with a suffix of the kind and the others; each sorted by path."""
+    images, others = [], []
+    for file in sorted(files):
+        ending = os.path.splitext(file)[1].lower()
+        (images if ending in kind.suffixes else others).append(file)
+    return images, others

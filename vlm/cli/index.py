@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from vlm._json import parse
 from vlm.cli import options, runtime
-from vlm.cli.model import leading_model, load_model
+from vlm.cli.model import leading_model
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, ConflictError
 
@@ -27,6 +27,7 @@ def index(
     coding: Literal["int8", "binary"] | None = None,
     batch_size: options.BatchSize = None,
     rebuild: bool = False,
+    video: options.Video = None,
 ) -> None:
     """Build an index that `vlm search` opens; it records its model.
 
@@ -38,6 +39,7 @@ def index(
     Example:
       vlm index photos/ my-index
       vlm search my-index "a red car in the snow"
+      vlm index clips/ my-videos --video 8
 
     Args:
         images_and_out: files, folders (searched recursively) and globs, then the folder of the
@@ -61,11 +63,11 @@ def index(
             "already: name a new folder"
         )
     runtime.prepare_inference()
-    from vlm.cli.images import find_images
+    from vlm.cli.images import find_inputs
     from vlm.cli.terminal import print_status
 
     kind = {"dtype": dtype, "coding": coding, "rebuild": rebuild}
-    paths, bundle = find_images(images, absolute=True), load_model(model)
+    paths, bundle = find_inputs(images, model, video, absolute=True)
     built = update_index(folder, bundle, paths, batch_size=batch_size, **kind)
     print_status(f"{built.counts(out)}; search them with: vlm search {out} QUERY")
     built.unreadable.finish()

@@ -54,6 +54,14 @@ ClassNames = Annotated[
         "used as they are.",
     ),
 ]
+Video = Annotated[
+    int | None,
+    arg(
+        metavar="FRAMES",
+        help="embed video files in place of images, each by this many frames (8 is common), or by "
+        "the number of a video model: see vlm.heads.VideoEncoder. Needs the extra `video`.",
+    ),
+]
 BatchSize = Annotated[int | None, arg(help="images encoded at once. None: 32 on a CPU, else 256.")]
 Root = Annotated[
     tuple[str, ...],

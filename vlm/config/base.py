@@ -134,6 +134,11 @@ class VisionTower(Config):
         """A description of the tower if it takes images of one size only; else None."""
         return None
 
+    @property
+    def video_frames(self) -> int | None:
+        """The number of frames that a tower of videos takes at once; None for one of images."""
+        return None
+
     def check_space(self, embed_dim: int) -> None:
         """Raise a ConfigError if the tower cannot embed into `embed_dim` dimensions."""
         check_projection(self, embed_dim)

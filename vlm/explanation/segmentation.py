@@ -18,7 +18,7 @@ from vlm.explanation.methods import dense_embeddings
 from vlm.heads.zero_shot import ZeroShotClassifier, to_scores
 from vlm.inputs.opening import ImageLike, is_image
 from vlm.paths import as_path
-from vlm.weights.instantiate import check_tower
+from vlm.weights.instantiate import check_images
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,7 +110,7 @@ def segment(
         raise DataError(
             f"segment takes one image, not a {type(image).__name__}: call it once per image"
         )
-    check_tower(model.model, "vision", model.name)
+    check_images(model.model, model.name)
     check_positions(model.config.vision, "segment")
     classifier = ZeroShotClassifier(model, labels, templates, other_label)
     opened = model.preprocess.open(image)

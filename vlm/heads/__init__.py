@@ -20,5 +20,6 @@ with epy.lazy_api_imports(globals()):
     from vlm.heads.query import Query as Query
     from vlm.heads.retrieval import RetrievalIndex as RetrievalIndex
     from vlm.heads.saved import load_classifier as load_classifier
+    from vlm.heads.video_encoder import VideoEncoder as VideoEncoder
     from vlm.heads.zero_shot import Classification as Classification
     from vlm.heads.zero_shot import ZeroShotClassifier as ZeroShotClassifier

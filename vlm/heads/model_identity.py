@@ -59,6 +59,7 @@ def embedding_facts(
         facts["dtype"] = ", ".join(sorted({str(x.dtype) for _, x in flat_arrays(module)}))
     if tower != "text":
         facts["preprocess"] = getattr(getattr(model, "preprocess", None), "config", None)
+        facts["video_frames"] = getattr(model, "frames", None)  # of a VideoEncoder
     if tower != "image" and (tokenizer := getattr(owner, "tokenizer", None)) is not None:
         facts["tokenizer"] = getattr(tokenizer, "config", None)
         facts["vocabulary"] = getattr(tokenizer, "fingerprint", None)

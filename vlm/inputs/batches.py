@@ -6,13 +6,23 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
 import numpy as np
 from PIL import Image
 
-from vlm.errors import DataError
+from vlm.errors import ConfigError, DataError
 from vlm.inputs.opening import ImageLike, OnError, as_array, is_image
 from vlm.inputs.preprocess import Preprocess
 from vlm.nn.naflex import Patches
+
+
+def batch_size_of(batch_size: int | None) -> int:
+    """Return a batch size, checked; the default is 32 on CPU, else 256."""
+    if batch_size is None:
+        return 32 if jax.default_backend() == "cpu" else 256
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size} is too small: give at least 1")
+    return batch_size
 
 
 def pixel_batches(

@@ -23,7 +23,7 @@ from vlm.models.text import shortened
 from vlm.serving.batching import Batcher, Observe, arrival
 from vlm.serving.decoding import Decoders, Work, decoder_count
 from vlm.serving.ordered_threads import OrderedThreads
-from vlm.weights.instantiate import check_tower
+from vlm.weights.instantiate import check_images, check_tower
 
 TEXT_CACHE_SIZE = 4096  # cached text embeddings, for labels and repeated queries
 TOKENIZERS = 2  # threads; the library itself uses all cores for a long list
@@ -174,7 +174,7 @@ class Batched:
         The function runs on a decoding thread. `rank` is the place of the image in its request.
         `first` puts the image ahead of the queue, and does not wait for a decoding thread.
         """
-        check_tower(self.bundle.model, "vision", self.bundle.name)
+        check_images(self.bundle.model, self.bundle.name)
         future: Future = Future()
         since = 0.0 if first else arrival(rank, self.seconds_per_item("image"))
 

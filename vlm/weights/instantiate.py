@@ -73,6 +73,16 @@ def check_tower(model: DualEncoder, tower: Literal["vision", "text"], name: str)
         raise ConfigError(absence(tower, getattr(model.config, tower), name))
 
 
+def check_images(model: DualEncoder, name: str) -> None:
+    """Raise a ConfigError if the model called `name` has no vision tower, or one of videos."""
+    check_tower(model, "vision", name)
+    if (frames := model.config.vision.video_frames) is not None:
+        raise ConfigError(
+            f"{name} embeds videos of {frames} frames, not images: use encode_video, or an image "
+            "model such as ViT-B-32"
+        )
+
+
 def abstract_model(config: ModelConfig, dtype: DTypeLike) -> DualEncoder:
     """Model of shapes without data, to be filled."""
     execution = Execution(dtype=dtype)
