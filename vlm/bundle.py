@@ -5,6 +5,8 @@ A saved bundle is a folder: `bundle.json` (configs of the model and its inputs),
 is saved without its base model, and loads together with it.
 """
 
+import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -37,10 +39,11 @@ from vlm.video import encode_video
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
+from vlm.weights.model_facts import facts_of
 from vlm.weights.push import push_to_hub
 from vlm.weights.registry import open_adapter, open_model, source_of
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
-from vlm.weights.rules import flat_arrays, flat_shapes
+from vlm.weights.rules import flat_arrays
 from vlm.weights.token_check import TokenCheck
 from vlm.weights.writing import TEXTS, SavedFormat, write_folder
 
@@ -72,23 +75,7 @@ class Bundle(FactSheet):
         adapter: AdapterOrigin | None = None,
         templates: Sequence[str] = (),
     ):
-        text, vision = model.config.text, model.config.vision
-        if tokenizer.vocab_size > text.vocab_size:
-            raise ConfigError(
-                f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens and the model's "
-                f"embedding table has {text.vocab_size:,}: use the "
-                "tokenizer that the model was trained with"
-            )
-        if tokenizer.config.context_length > text.context_length:
-            raise ConfigError(
-                f"{name}: context_length is {tokenizer.config.context_length} in the tokenizer and "
-                f"{text.context_length} in the model: set both to the same value"
-            )
-        if preprocess.config.image_size != vision.image_size:
-            raise ConfigError(
-                f"{name}: image_size is {preprocess.config.image_size} in the preprocessing and "
-                f"{vision.image_size} in the model: set both to the same value"
-            )
+        instantiate.check_inputs(model.config, preprocess.config, tokenizer, name)
         self.model = model
         self.preprocess = preprocess
         self.tokenizer = tokenizer
@@ -150,20 +137,26 @@ class Bundle(FactSheet):
         return self._run(self._image_program, batches, size)
 
     def encode_text(
-        self, texts: str | Iterable[str], batch_size: int | None = None
+        self,
+        texts: str | Iterable[str],
+        batch_size: int | None = None,
+        *,
+        prompt: str | None = None,
     ) -> Float32[np.ndarray, "n d"]:
         """Encode texts to unit-norm embeddings.
 
-        Long texts are truncated; `tokenizer.count_truncated` counts them.
+        Long texts are truncated; `tokenizer.count_truncated` counts them. `prompt` names one of
+        `prompts`, which is put before each text; None is the model's default one, and "" none.
 
         Raises:
+            ConfigError: an unknown prompt.
             DataError: a text is not a string.
         """
         instantiate.check_tower(self.model, "text", self.name)
         size = batch_size_of(batch_size)
         stream = iter([texts] if isinstance(texts, str) else texts)
         chunks = iter(lambda: list(itertools.islice(stream, size)), [])
-        batches = (shortened(self.tokenizer(chunk), self.config.text) for chunk in chunks)
+        batches = (shortened(self.tokenizer(chunk, prompt), self.config.text) for chunk in chunks)
         return self._run(self._text_program, batches, size)
 
     encode_video = encode_video
@@ -176,6 +169,22 @@ class Bundle(FactSheet):
     def encode_tokens(self, tokens: Int32[np.ndarray, "n l"]) -> Float32[Any, "n d"]:
         """Encode one batch of token rows to unit-norm embeddings."""
         return self._run(self._text_program, [tokens], 1 << (len(tokens) - 1).bit_length())
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Prompts of the model by name, for `encode_text` and `with_prompt`."""
+        return dict(self.tokenizer.config.prompts)
+
+    def with_prompt(self, prompt: str | None) -> "Bundle":
+        """Copy the bundle with another default prompt, which all heads then use; None: no prompt.
+
+        Raises:
+            ConfigError: an unknown prompt.
+        """
+        other = copy.deepcopy(self)
+        rules = dataclasses.replace(self.tokenizer.config, default_prompt=prompt)
+        other.tokenizer = self.tokenizer.with_rules(rules)
+        return other
 
     def with_parameters(self, parameters: nnx.State, name: str | None = None) -> "Bundle":
         """Copy the bundle with other parameters, and share its compiled programs.
@@ -333,19 +342,7 @@ class Bundle(FactSheet):
         return run_batches(encode, batches, size, self.embed_dim, self._mesh)
 
     def _facts(self) -> tuple[str, dict[str, str]]:
-        c = self.config
-        own, patch = getattr(c.vision, "module", None), c.vision.patch_size
-        layout = f"patches of {patch}" if own is None else f"by {own.name}"
-        image = f"{c.vision.image_size} px, {layout}"
-        text = f"{c.text.context_length} tokens of {c.text.vocab_size:,}"
-        count = sum(math.prod(shape) for shape in flat_shapes(self.model).values())
-        return self.name, {
-            "parameters": f"{count / 1e6:,.1f} M",
-            "image": "no tower" if c.vision.kind == "none" else image,
-            "text": "no tower" if c.text.kind == "none" else text,
-            "embedding": f"{c.embed_dim}",
-            "loss": c.loss,
-        }
+        return self.name, facts_of(self.model, self.tokenizer)
 
     def __repr__(self) -> str:
         facts = ", ".join(f"{name} {value}" for name, value in self._facts()[1].items())

@@ -5,6 +5,7 @@ tiny one with random weights. Commands are parsed by the real parsers and not ru
 """
 
 import ast
+import dataclasses
 import functools
 import json
 import re
@@ -70,10 +71,11 @@ def place(tmp_path_factory):
     )
     text = vlm.TextConfig(vocab_size=49_408, context_length=77, causal=True, pool="argmax", **sizes)
     config = vlm.ModelConfig(vision, text, embed_dim=16)  # OpenAI's form: other libraries have it
+    prompts, tokenizer = {"query": "query: ", "passage": "passage: "}, clip_tokenizer(77)
     model = vlm.Bundle(
         DualEncoder(config, rngs=nnx.Rngs(0)),
         Preprocess(vlm.PreprocessConfig(image_size=16, resize="crop")),
-        clip_tokenizer(77),
+        tokenizer.with_rules(dataclasses.replace(tokenizer.config, prompts=prompts)),
         "tiny",
     )
     experiment = vlm.load_config(tiny.folder() / "shapes.py")

@@ -48,6 +48,35 @@ def test_truncation_keeps_eos_or_not():
     assert TOKENIZER.count_truncated([long, "a dog", long]) == 2
 
 
+def test_left_truncation_keeps_the_end():
+    long = "dog " * 50 + "a cat"
+    left = with_rules(truncation_side="left")
+    ids = TOKENIZER.vocabulary.encode(long, add_special_tokens=False).ids
+    assert left(long)[0].tolist() == [*ids[-11:], 1]
+    assert with_rules(truncation_side="left", keep_eos=False)(long)[0].tolist() == [*ids[-11:], 1]
+    started = with_rules(truncation_side="left", bos_id=5)
+    assert started(long)[0].tolist() == [5, *ids[-10:], 1]
+    assert with_rules(truncation_side="left", eos_id=None)(long)[0].tolist() == ids[-12:]
+    np.testing.assert_array_equal(left("a dog"), TOKENIZER("a dog"))
+    alone = with_rules(truncation_side="left", context_length=2, bos_id=None)
+    assert alone(long)[0].tolist() == [ids[-1], 1]
+
+
+def test_prompts_come_before_cleaning_and_are_named():
+    prompts = {"query": "A Dog: ", "empty": ""}
+    tokenizer = with_rules(prompts=prompts, lowercase=True, default_prompt="query")
+    plain = with_rules(lowercase=True)
+    np.testing.assert_array_equal(tokenizer("x"), plain("a dog: x"))
+    np.testing.assert_array_equal(tokenizer("x", "empty"), plain("x"))
+    np.testing.assert_array_equal(tokenizer("x", ""), plain("x"))
+    assert tokenizer.lengths("x") == plain.lengths("a dog: x")
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))("x"), tokenizer("x"))
+    with pytest.raises(ConfigError, match="prompt 'passage' is unknown: it has 'query', 'empty'"):
+        tokenizer("x", "passage")
+    with pytest.raises(ConfigError, match="prompt 'passage' is unknown: the model has no prompts"):
+        with_rules(default_prompt="passage")
+
+
 def test_the_longest_text_that_fits_is_not_truncated():
     ids = TOKENIZER("x" * 5)[0]
     used = int(np.flatnonzero(ids == 1)[0]) + 1

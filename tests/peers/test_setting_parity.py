@@ -43,7 +43,6 @@ PIXELS = [
 # Those that are refused, and the words by which, where they are not the name of the setting.
 REFUSED = dict.fromkeys(
     [
-        "truncation_side",
         "added_tokens_decoder",
         "do_rescale",
         "rescale_factor",

@@ -9,6 +9,7 @@ import pytest
 
 import vlm
 from vlm.errors import CheckpointError, ConfigError
+from vlm.weights.writing_tokenizer import standalone
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -72,11 +73,14 @@ def test_other_lists_of_modules_are_refused(modules, tmp_path):
         ("2_Dense/config.json", {"out_features": 8}, "of another shape"),
         ("config.json", {"sinusoidal_pos_embds": True}, "sinusoidal_pos_embds is True"),
         ("config.json", {"n_layers": 1}, "without a place in the model"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt false"),
         (
             "config_sentence_transformers.json",
-            {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
-            "puts the prompt 'query: ' before every text",
+            {"prompts": {"query": "query: "}, "default_prompt_name": "passage"},
+            "default_prompt_name is 'passage'",
         ),
+        ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "prompts.query is 3"),
+        ("config_sentence_transformers.json", {"prompts": "query: "}, "prompts is 'query: '"),
     ],
 )
 def test_options_that_differ_are_refused_by_name(file, changes, message, tmp_path):
@@ -85,6 +89,57 @@ def test_options_that_differ_are_refused_by_name(file, changes, message, tmp_pat
     (folder / file).write_text(json.dumps(values | changes))
     with pytest.raises(CheckpointError, match=message):
         vlm.load(folder)
+
+
+def with_prompts(tmp_path, default):
+    folder = shutil.copytree(GOLDEN / "st_bert", tmp_path / "st")
+    prompts = {"prompts": {"query": "two dogs: ", "passage": "", "cat": "a Cat "}}
+    prompts["default_prompt_name"] = default
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    return vlm.load(folder)
+
+
+def test_prompts_are_chosen_by_name(tmp_path):
+    model, texts = with_prompts(tmp_path, None), ["a photo of a cat", ""]
+    prompted = model.encode_text([f"two dogs: {text}" for text in texts])
+    assert model.prompts == {"query": "two dogs: ", "passage": "", "cat": "a Cat "}
+    assert "query ('two dogs: ')" in repr(model)
+    assert np.array_equal(model.encode_text(texts, prompt="query"), prompted)
+    plain = model.encode_text(texts)
+    assert np.array_equal(model.encode_text(texts, prompt="passage"), plain)
+    assert not np.array_equal(plain, prompted)
+    query = model.with_prompt("query")
+    assert np.array_equal(query.encode_text(texts), prompted)
+    assert np.array_equal(query.encode_text(texts, prompt=""), plain)
+    assert np.array_equal(model.encode_text(texts), plain)
+    query.save(tmp_path / "bundle")
+    again = vlm.load(tmp_path / "bundle")
+    assert np.array_equal(again.encode_text(texts), prompted)
+    assert again.prompts == model.prompts
+    with pytest.raises(ConfigError, match="'search' is unknown: it has 'query', 'passage', 'cat'"):
+        model.encode_text(texts, prompt="search")
+    with pytest.raises(ConfigError, match="the model has no prompts"):
+        vlm.load(GOLDEN / "hf_clip").with_prompt("query")
+
+
+def test_an_index_of_documents_is_searched_with_the_prompt_of_queries(tmp_path):
+    model = with_prompts(tmp_path, None)
+    index = vlm.RetrievalIndex(model)
+    texts = ["a photo of a cat", "two dogs: a red car", "a red car"]
+    index.add(texts)
+    index.save(tmp_path / "index")
+    asked = vlm.RetrievalIndex.load(tmp_path / "index", model.with_prompt("query"))
+    assert asked.mismatch is None
+    assert asked.search("a red car", k=1)[0].id == 1
+    assert index.search("a red car", k=1)[0].id == 2
+
+
+def test_a_default_prompt_is_applied_as_theirs(tmp_path):
+    model, texts = with_prompts(tmp_path, "query"), ["a photo of a cat"]
+    prompted = model.encode_text(["two dogs: a photo of a cat"], prompt="")
+    assert np.array_equal(model.encode_text(texts), prompted)
+    with pytest.raises(CheckpointError, match="no place for the default prompt 'two dogs: '"):
+        standalone(model.tokenizer)
 
 
 def test_older_settings_are_read(tmp_path):

@@ -33,7 +33,6 @@ def tokens(path):
 
 
 REFUSED = [
-    ("hf_clip", {"truncation_side": "left"}, "truncation_side is 'left'.*set it to \"right\""),
     ("hf_clip", {"padding_side": "top"}, "padding_side is 'top'"),
     ("hf_clip", {"pad_token": "[PAD]"}, r"pad_token '\[PAD\]' is not in its vocabulary"),
     ("hf_clip", {"add_eos_token": False}, "add_eos_token is False, and tokenizer.json adds"),

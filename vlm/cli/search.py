@@ -37,6 +37,7 @@ def search(
     where: Annotated[tuple[str, ...], arg(metavar="COLUMN=VALUE...")] = (),
     min_score: float | None = None,
     min_probability: float | None = None,
+    prompt: str | None = None,
     root: options.Root = (),
 ) -> None:
     """Find the images that are most similar to a text or to another image.
@@ -70,6 +71,7 @@ def search(
         where: conditions on metadata, with =, !=, <, <=, > or >=; all must hold.
         min_score: the lowest cosine to show.
         min_probability: the lowest probability to show, for a model of the sigmoid loss.
+        prompt: name of the model's prompt to put before text queries. Default: the model's own.
     """
     if k < 1:
         raise UsageError(f"--k {k} finds nothing: give at least 1")
@@ -87,6 +89,8 @@ def search(
         limits["where"] = where_all([Condition(*condition) for condition in conditions])
     asked = query if like else _combined(query, plus, minus, weight)
     opened, unreadable = _open(index, model, options.moved_folders(root))
+    if prompt is not None:
+        opened.model = opened.model.with_prompt(prompt)
     if like:
         hits = opened.like(_id(opened, query), k, **limits)
     else:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm.config.base import Config
+from vlm.errors import ConfigError, brief
 
 # Mean of the training images of OpenAI's CLIP, by channel; most later models use it too.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -80,6 +81,9 @@ class TokenizerConfig(Config):
         parse_special: Convert special tokens in a text, such as <eos>, to their ids, as
             transformers does.
         zeroed_id: Id that is replaced by 0, as with open_clip's strip_sep_token. None: no such id.
+        truncation_side: Side that a long text loses.
+        prompts: Texts to put before a text, by name, such as {"query": "search_query: "}.
+        default_prompt: Name of the prompt of every text that names no other. None: no prompt.
 
     Example:
         >>> vlm.TokenizerConfig(context_length=77, clean="clip").context_length
@@ -96,3 +100,26 @@ class TokenizerConfig(Config):
     pad_side: Literal["right", "left"] = "right"
     parse_special: bool = False
     zeroed_id: int | None = None
+    truncation_side: Literal["right", "left"] = "right"
+    prompts: tuple[tuple[str, str], ...] = ()
+    default_prompt: str | None = None
+
+    def check(self) -> None:
+        self.prompt(self.default_prompt)
+
+    def prompt(self, name: str | None) -> str:
+        """Return the prompt called `name`; that of `default_prompt` for None, and none for "".
+
+        Raises:
+            ConfigError: there is no prompt of that name.
+
+        Example:
+            >>> vlm.TokenizerConfig(prompts={"query": "query: "}).prompt("query")
+            'query: '
+        """
+        name = self.default_prompt if name is None else name
+        known = dict(self.prompts)
+        if name and name not in known:
+            has = f"it has {', '.join(map(repr, known))}" if known else "the model has no prompts"
+            raise ConfigError(f"prompt {brief(name)} is unknown: {has}")
+        return known[name] if name else ""

@@ -113,7 +113,7 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
     "TokenizerConfig": _all(
         Effect.TOKENIZER,
         "context_length pad_id bos_id eos_id lowercase clean keep_eos pad_side parse_special "
-        "zeroed_id",
+        "zeroed_id truncation_side prompts default_prompt",
     ),
     "DataConfig": _all(
         FREE,

@@ -5,7 +5,9 @@ the code to run the programs.
 """
 
 import ast
+import dataclasses
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -86,16 +88,20 @@ def write(
 
 def _write_tokenizer(folder: epath.Path, bundle: Bundle) -> list[str]:
     """Write a `tokenizer.json` that makes complete rows; return notes on what it cannot do."""
-    rules, notes = bundle.tokenizer.config, []
+    rules, notes, tokenizer = bundle.tokenizer.config, [], bundle.tokenizer
+    if prompt := rules.prompt(None):
+        notes.append(f"Put {json.dumps(prompt)} before every text: it is the model's prompt.")
+        unprompted = dataclasses.replace(rules, default_prompt=None)
+        tokenizer = tokenizer.with_rules(unprompted)
     try:
-        vocabulary = standalone(bundle.tokenizer)
+        vocabulary = standalone(tokenizer)
     except CheckpointError:
         vocabulary = bundle.tokenizer.vocabulary
         notes.append(
             "`tokenizer.json` holds the vocabulary alone: clean and lower-case texts as BERT does, "
             "and add the special tokens that `export.json` names."
         )
-    vocabulary.enable_truncation(rules.context_length)
+    vocabulary.enable_truncation(rules.context_length, direction=rules.truncation_side)
     vocabulary.enable_padding(
         length=rules.context_length,
         pad_id=rules.pad_id,
@@ -105,7 +111,7 @@ def _write_tokenizer(folder: epath.Path, bundle: Bundle) -> list[str]:
     if rules.clean.startswith("clip"):
         texts = sample_texts(1_000)
         rows = np.array([row.ids for row in vocabulary.encode_batch_fast(texts)])
-        check = compare_rows("tokenizers", texts, bundle.tokenizer(texts), rows)
+        check = compare_rows("tokenizers", texts, tokenizer(texts), rows)
         if check.differ:
             notes.append(
                 "In training, `ftfy` repaired broken Unicode and HTML entities; `tokenizer.json` "

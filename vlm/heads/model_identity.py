@@ -84,8 +84,10 @@ def stored_facts(model: Encoder, tower: Literal["image", "text"] | None = None) 
 def identity(model: Encoder) -> dict[str, Any]:
     """Return the identity of a model that is stored with its embeddings, as JSON values.
 
-    The probe of a tower that the model does not have is an empty list.
+    The probe of a tower that the model does not have is an empty list. A default prompt is left
+    out, since queries and items may have one each.
     """
+    model = _unprompted(model)
     probes = _probes(model)
     return {
         "model": model.name,
@@ -93,6 +95,13 @@ def identity(model: Encoder) -> dict[str, Any]:
         "facts": embedding_facts(model),
         **{name: probes[name]().tolist() if name in probes else [] for name in _TOWERS},
     }
+
+
+def _unprompted(model: Encoder) -> Any:
+    """Return the model without its default prompt."""
+    owner: Any = getattr(model, "bundle", model)
+    rules = getattr(getattr(owner, "tokenizer", None), "config", None)
+    return model if getattr(rules, "default_prompt", None) is None else owner.with_prompt(None)
 
 
 def width_of(model: Encoder) -> int:
@@ -121,6 +130,7 @@ def check_identity(stored: dict[str, Any], model: Encoder, where: Path) -> None:
             raise CheckpointError(f"{where} has no valid {name!r}: save or build it again")
     if not isinstance(stored.get("model"), str) or not isinstance(stored.get("facts", {}), dict):
         raise CheckpointError(f"{where} does not describe its model: save or build it again")
+    model = _unprompted(model)
     fix = f"load {stored['model']!r} as it was, or rebuild it with {model.name!r}"
     probes = _probes(model)
     fingerprint = getattr(model, "fingerprint", None)
@@ -149,6 +159,7 @@ def mismatch(stored: dict[str, Any], model: Encoder) -> str | None:
 
     Stricter than `check_identity`: queries may have another precision, items of an index may not.
     """
+    model = _unprompted(model)
     if (before := stored.get("facts")) is not None:
         now = embedding_facts(model)
         names = (before.keys() | now.keys()) - set(ROUNDING)

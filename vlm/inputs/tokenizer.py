@@ -83,24 +83,30 @@ class Tokenizer:
         """Copy of the vocabulary, without the rules."""
         return tokenizers.Tokenizer.from_str(self._vocabulary.to_str())
 
-    def __call__(self, texts: str | Sequence[str]) -> Int32[np.ndarray, "n l"]:
+    def __call__(
+        self, texts: str | Sequence[str], prompt: str | None = None
+    ) -> Int32[np.ndarray, "n l"]:
         """Encode texts as token ids; one string counts as a list of one.
 
+        `prompt` names one of `config.prompts`; None is the default one, and "" none.
+
         Raises:
+            ConfigError: an unknown prompt.
             DataError: a text is not a string.
         """
-        return self.rows(texts)[0]
+        return self.rows(texts, prompt)[0]
 
     def rows(
-        self, texts: str | Sequence[str]
+        self, texts: str | Sequence[str], prompt: str | None = None
     ) -> tuple[Int32[np.ndarray, "n l"], Bool[np.ndarray, " n"]]:
         """Encode texts as token ids; also return which texts were truncated.
 
         Raises:
+            ConfigError: an unknown prompt.
             DataError: a text is not a string.
         """
         config = self.config
-        rows = self._encode(texts)
+        rows = self._encode(texts, prompt)
         out = np.full((len(rows), config.context_length), config.pad_id, np.int32)
         truncated = np.zeros(len(rows), bool)
         head = [] if config.bos_id is None else [config.bos_id]
@@ -111,7 +117,11 @@ class Tokenizer:
             if not truncated[i]:
                 ids = head + ids + tail
             elif config.keep_eos:
-                ids = head + ids[: capacity - len(tail)] + tail
+                kept = capacity - len(tail)
+                left = config.truncation_side == "left"
+                ids = head + (ids[len(ids) - kept :] if left else ids[:kept]) + tail
+            elif config.truncation_side == "left":
+                ids = head + (ids + tail)[-capacity:]
             else:
                 ids = head + ids[:capacity]
             if config.pad_side == "right":
@@ -190,13 +200,13 @@ class Tokenizer:
     def __reduce__(self):  # pickled to reader processes
         return Tokenizer, (self._vocabulary, self.config)
 
-    def _encode(self, texts: str | Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: str | Sequence[str], prompt: str | None = None) -> list[list[int]]:
         texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise DataError(f"text {i} is {text!r}, not a string: give strings only")
-        clean = CLEANERS[self.config.clean]
-        texts = [clean(text) for text in texts]
+        clean, before = CLEANERS[self.config.clean], self.config.prompt(prompt)
+        texts = [clean(before + text) for text in texts]
         if self.config.lowercase:
             texts = [text.lower() for text in texts]
         # A lone surrogate has no UTF-8 form; Python's codecs replace it by "?".

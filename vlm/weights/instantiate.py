@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from vlm._deprecation import warn
-from vlm.config import ModelConfig, absence
+from vlm.config import ModelConfig, PreprocessConfig, absence
 from vlm.errors import ConfigError, ShardingError
+from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.transformer import Execution
 from vlm.sharding import AXES, Rules, parameter_spec
@@ -80,6 +81,28 @@ def check_images(model: DualEncoder, name: str) -> None:
         raise ConfigError(
             f"{name} embeds videos of {frames} frames, not images: use encode_video, or an image "
             "model such as ViT-B-32"
+        )
+
+
+def check_inputs(
+    config: ModelConfig, preprocess: PreprocessConfig, tokenizer: Tokenizer, name: str
+) -> None:
+    """Raise a ConfigError if the inputs do not match the model called `name`."""
+    text, vision = config.text, config.vision
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ConfigError(
+            f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens and the model's embedding "
+            f"table has {text.vocab_size:,}: use the tokenizer that the model was trained with"
+        )
+    if tokenizer.config.context_length > text.context_length:
+        raise ConfigError(
+            f"{name}: context_length is {tokenizer.config.context_length} in the tokenizer and "
+            f"{text.context_length} in the model: set both to the same value"
+        )
+    if preprocess.image_size != vision.image_size:
+        raise ConfigError(
+            f"{name}: image_size is {preprocess.image_size} in the preprocessing and "
+            f"{vision.image_size} in the model: set both to the same value"
         )
 
 

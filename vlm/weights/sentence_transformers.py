@@ -2,7 +2,7 @@
 
 Read are dual encoders such as CLIP (`0_CLIPModel`, or beside `modules.json`), and text encoders of
 BERT's kind with pooling and one linear layer, such as clip-ViT-B-32-multilingual-v1, which embed
-texts alone. A layer with an activation and a prompt for every text are refused.
+texts alone. A layer with an activation is refused. Prompts become those of the tokenizer.
 """
 
 import dataclasses
@@ -93,22 +93,22 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
     """Open the checkpoint in a folder.
 
     Raises:
-        CheckpointError: a module, prompt or option that vlm does not support, or missing files.
+        CheckpointError: a module or option that vlm does not support, or missing files.
     """
     (_, path), *rest = _modules(folder / MODULES)
-    _check_prompt(folder / _SETTINGS)
     inner = folder / path if path else folder
     values = read_json(inner / "config.json")
     if rest and rest[-1][0] == "Normalize":  # as vlm does
         rest = rest[:-1]
     if values.get("model_type") in (*_BERTS, "distilbert"):
-        return _open_text(folder, inner, values, rest)
+        return _with_prompts(_open_text(folder, inner, values, rest), folder)
     if rest:
         raise CheckpointError(
             f"{folder / MODULES} has {rest[0][0]} after a dual encoder: vlm reads dual encoders "
             "without more modules"
         )
-    return dataclasses.replace(transformers_folders.open_checkpoint(inner), name=folder.name)
+    dual = dataclasses.replace(transformers_folders.open_checkpoint(inner), name=folder.name)
+    return _with_prompts(dual, folder)
 
 
 def _modules(file: epath.Path) -> list[tuple[str, str]]:
@@ -132,16 +132,21 @@ def _modules(file: epath.Path) -> list[tuple[str, str]]:
     return found
 
 
-def _check_prompt(file: epath.Path) -> None:
-    """Raise an error for a prompt that sentence-transformers puts before every text."""
+def _with_prompts(checkpoint: Checkpoint, folder: epath.Path) -> Checkpoint:
+    """Add the prompts in the settings of sentence-transformers to the tokenizer."""
+    file = folder / _SETTINGS
     values = read_json(file) if file.exists() else {}
-    name = values.get("default_prompt_name")
-    prompt = fields(values.get("prompts"), f"{file}: prompts").get(name) if name else None
-    if prompt:
-        raise CheckpointError(
-            f"{file} puts the prompt {brief(prompt)} before every text: set default_prompt_name to "
-            "null there, and write the prompt into your texts or templates"
-        )
+    named = fields(values.get("prompts"), f"{file}: prompts")
+    prompts = {name: string(text, f"{file}: prompts.{name}") for name, text in named.items()}
+    default = values.get("default_prompt_name")
+    if default is not None:
+        choice(default, tuple(prompts), f"{file}: default_prompt_name")
+    rules = {"prompts": tuple(prompts.items()), "default_prompt": default}
+    if not any(prompts.values()):  # sentence-transformers writes empty ones
+        return checkpoint
+    tokenizer = checkpoint.tokenizer
+    tokenizer = tokenizer.with_rules(dataclasses.replace(tokenizer.config, **rules))
+    return dataclasses.replace(checkpoint, tokenizer=tokenizer)
 
 
 def _open_text(
@@ -215,6 +220,10 @@ def _distilled_rules() -> list[Rule]:
 
 def _pool(file: epath.Path) -> TextPool:
     values = read_json(file)
+    if not boolean(values.get("include_prompt", True), f"{file}: include_prompt"):
+        raise CheckpointError(
+            f"{file} has include_prompt false: vlm pools all tokens of a text, with its prompt"
+        )
     if "pooling_mode" in values:
         mode = choice(values["pooling_mode"], _POOLS, f"{file}: pooling_mode")
     else:

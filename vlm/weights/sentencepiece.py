@@ -4,6 +4,7 @@ It does not need the library sentencepiece. The file is one protocol buffer:
 https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,28 @@ def read(path: epath.PathLike, *, prefix: bool = True) -> tokenizers.Tokenizer:
     Raises:
         CheckpointError: missing, corrupt, or a kind of model other than unigram and BPE.
     """
+    with _reading(path) as data:
+        vocabulary = _build(data, prefix)
+        check_vocabulary(vocabulary)
+        return vocabulary
+
+
+def read_pieces(path: epath.PathLike) -> tuple[list[tuple[str, float]], bytes]:
+    """Return the pieces of a unigram `.model` with their scores, and its normalisation table.
+
+    Raises:
+        CheckpointError: missing, corrupt, or of another kind.
+    """
+    with _reading(path) as data:
+        pieces, trainer, normalizer = _parts(data)
+        if (kind := trainer.get(3, _UNIGRAM)) != _UNIGRAM:
+            raise ValueError(f"it is of kind {kind}, and only unigram (1) is read")
+        return [(text, score) for text, score, _ in pieces], normalizer.get(2, b"")
+
+
+@contextlib.contextmanager
+def _reading(path: epath.PathLike) -> Iterator[bytes]:
+    """Yield the contents of a file; errors of its parser become a CheckpointError."""
     path = epath.Path(path)
     try:
         if (length := path.stat().length) > _MAX_FILE:
@@ -38,14 +61,13 @@ def read(path: epath.PathLike, *, prefix: bool = True) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     try:
         with library_errors():
-            vocabulary = _build(data, prefix)
-            check_vocabulary(vocabulary)
-            return vocabulary
+            yield data
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path} is not a SentencePiece model: {error}") from None
 
 
-def _build(data: bytes, prefix: bool) -> tokenizers.Tokenizer:
+def _parts(data: bytes) -> tuple[list[tuple[str, float, int]], dict[int, Any], dict[int, Any]]:
+    """Return pieces with score and kind, and the fields of trainer and normaliser."""
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -64,6 +86,11 @@ def _build(data: bytes, prefix: bool) -> tokenizers.Tokenizer:
             normalizer = dict(_fields(value))
     if not pieces:
         raise ValueError("it has no pieces")
+    return pieces, trainer, normalizer
+
+
+def _build(data: bytes, prefix: bool) -> tokenizers.Tokenizer:
+    pieces, trainer, normalizer = _parts(data)
     kind = trainer.get(3, _UNIGRAM)
     unknown = next((i for i, p in enumerate(pieces) if p[2] == _UNKNOWN), None)
     byte_fallback = bool(trainer.get(35, 0))

@@ -38,7 +38,7 @@ HARMLESS = {
     "token_type_ids_include_special_tokens", "add_prefix_space", "legacy", "legacy_behaviour",
     "use_token_type_ids", "language", "src_lang", "tgt_lang", "lang_codes", "sp_model_file",
     "spm_file", "cls_token_id", "verbose", "device_map", "remove_space", "keep_accents",
-    "fix_mistral_regex", "trim_offsets",
+    "fix_mistral_regex", "trim_offsets", "unk_id",
 }  # fmt: skip
 # Settings that change ids, and the only value that vlm supports.
 FIXED = {
@@ -151,6 +151,12 @@ class Settings:
         side = self.values.get("padding_side") or padding.get("direction") or default
         return choice(side, ("left", "right"), f"{self.file}: padding_side")
 
+    def truncation_side(self, vocabulary: tokenizers.Tokenizer) -> Literal["left", "right"]:
+        """Return the side that long texts lose: of the settings, else of tokenizer.json."""
+        saved = (vocabulary.truncation or {}).get("direction", "right")
+        side = self.values.get("truncation_side") or saved
+        return choice(side, ("left", "right"), f"{self.file}: truncation_side")
+
     def context_length(self, positions: int) -> int:
         """Return `model_max_length`, or the number of positions of the model if it is less."""
         most = self.values.get("model_max_length")
@@ -178,12 +184,6 @@ def _check(key: str, value: Any, file: epath.Path) -> None:
         if value not in (None, FIXED[key]):
             raise CheckpointError(
                 f"{file} has {key} {brief(value)}: vlm supports only {FIXED[key]!r}"
-            )
-    elif key == "truncation_side":
-        if value not in (None, "right"):
-            raise CheckpointError(
-                f"{file}: truncation_side is {brief(value)}, and vlm cuts texts at their end: set "
-                'it to "right"'
             )
     elif key not in HONOURED | HARMLESS and not key.endswith("_token") and value not in _NOTHING:
         raise CheckpointError(

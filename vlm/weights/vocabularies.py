@@ -6,13 +6,14 @@ from typing import Any
 
 import tokenizers
 from etils import epath
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from vlm.config import Clean, ModelConfig, TokenizerConfig
 from vlm.errors import CheckpointError, DataError, brief
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
 from vlm.weights import sentencepiece
-from vlm.weights.fields import fields, read_json, string
+from vlm.weights.fields import fields, string
+from vlm.weights.slow_vocabularies import bert_normalizer, slow_vocabulary, wordpiece_lines
 from vlm.weights.tokenizer_settings import Settings
 
 CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
@@ -62,24 +63,14 @@ def huggingface_tokenizer(
     if path.exists():
         vocabulary = _vocabulary(path)
         if kind == "BertTokenizer":  # its settings override the normaliser of the file
-            vocabulary.normalizer = _bert_normalizer(settings)
-    elif pieces.exists():
-        vocabulary = sentencepiece.read(pieces)
-    elif (folder / "vocab.txt").exists():
-        vocabulary = _bert_from_lines(folder / "vocab.txt", settings)
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocabulary = _clip_from_merges(folder)
+            vocabulary.normalizer = bert_normalizer(settings)
     else:
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json: save or download the tokenizer beside the model"
-        )
+        vocabulary = slow_vocabulary(folder, kind, settings)
     if "Gemma" in kind or "Siglip2" in kind:
         _lowercase(vocabulary)  # as SigLIP 2 was trained
     settings.add_tokens(vocabulary)
-    padding, direction = vocabulary.padding, (vocabulary.truncation or {}).get("direction", "right")
-    if direction != "right" and not settings.values.get("truncation_side"):
-        raise CheckpointError(f"{path} cuts texts at their beginning: vlm cuts them at their end")
-    side = settings.padding_side(kind, vocabulary)
+    padding, side = vocabulary.padding, settings.padding_side(kind, vocabulary)
+    truncated = settings.truncation_side(vocabulary)
     vocabulary.no_padding()  # saved by a tokenizer that was in use
     vocabulary.no_truncation()
     eos_token = settings.text("eos_token")
@@ -106,6 +97,7 @@ def huggingface_tokenizer(
         eos_id=eos_id,
         clean=clean,
         pad_side=side,
+        truncation_side=truncated,
         parse_special=not (splits and settings.flag("split_special_tokens")),
     )
     return Tokenizer(vocabulary, rules)
@@ -120,6 +112,7 @@ def _with_named(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
         pad_id=rules.pad_id if pad is None else pad,
         eos_id=rules.eos_id if eos is None else eos,
         pad_side=settings.padding_side("SiglipTokenizer", vocabulary),
+        truncation_side=settings.truncation_side(vocabulary),
     )
     settings.check_ends(add_eos_token=rules.eos_id is not None)
     return tokenizer.with_rules(rules)
@@ -239,7 +232,7 @@ def bert_tokenizer(path: epath.Path, config: ModelConfig) -> Tokenizer:
             f"{path.parent} has no vocabulary, which big_vision keeps apart: put the vocab.txt of "
             f"{_BERT} beside the .npz"
         )
-    vocab = _wordpiece_json(file) if file.suffix == ".json" else _wordpiece_lines(file)
+    vocab = _wordpiece_json(file) if file.suffix == ".json" else wordpiece_lines(file)
     if missing := [token for token in ("[CLS]", "[UNK]") if token not in vocab]:
         raise CheckpointError(f"{file} has no {missing[0]}: give the vocabulary of a BERT")
     if len(vocab) != config.text.vocab_size:
@@ -261,91 +254,12 @@ def bert_tokenizer(path: epath.Path, config: ModelConfig) -> Tokenizer:
     return Tokenizer(vocabulary, rules)
 
 
-def _lines(path: epath.Path) -> list[str]:
-    try:
-        return path.read_text().split("\n")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is no text ({error}): download it again") from None
-
-
-def _wordpiece_lines(path: epath.Path) -> dict[str, int]:
-    """Return the tokens of a `vocab.txt` with their line numbers."""
-    lines = _lines(path)
-    lines = lines[:-1] if not lines[-1] else lines
-    vocab = {line.rstrip("\r"): number for number, line in enumerate(lines)}
-    if len(vocab) != len(lines):
-        raise CheckpointError(f"{path} has a token twice: download it again")
-    return vocab
-
-
 def _wordpiece_json(path: epath.Path) -> dict[str, int]:
     """Return the tokens of a `tokenizer.json`, whose rules are not big_vision's."""
     vocabulary = _vocabulary(path)
     if not isinstance(vocabulary.model, models.WordPiece):
         raise CheckpointError(f"{path} is not a WordPiece vocabulary, which BERT needs")
     return vocabulary.get_vocab(with_added_tokens=False)
-
-
-def _clip_from_merges(folder: epath.Path) -> tokenizers.Tokenizer:
-    """Return the CLIPTokenizer of transformers for `vocab.json` and `merges.txt`."""
-    vocab = read_json(folder / "vocab.json")
-    pairs = (line.split() for line in _lines(folder / "merges.txt") if line[:1] != "#")
-    merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
-    try:
-        bos, eos = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
-        model = models.BPE(
-            vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>"
-        )
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit: {error}") from None
-    vocabulary = tokenizers.Tokenizer(model)
-    vocabulary.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    vocabulary.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    vocabulary.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-    vocabulary.post_processor = processors.RobertaProcessing(
-        ("<|endoftext|>", eos), ("<|startoftext|>", bos), False, False
-    )
-    return vocabulary
-
-
-def _bert_from_lines(path: epath.Path, settings: Settings) -> tokenizers.Tokenizer:
-    """Return the BertTokenizer of transformers for a `vocab.txt`."""
-    vocab, special = _wordpiece_lines(path), {}
-    for kind in ("unk", "cls", "sep", "pad", "mask"):
-        name = settings.text(f"{kind}_token") or f"[{kind.upper()}]"
-        if kind != "mask" and name not in vocab:
-            raise CheckpointError(f"{path} has no {name}: give the vocabulary of a BERT")
-        special[kind] = name
-    vocabulary = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk"]))
-    vocabulary.normalizer = _bert_normalizer(settings)
-    vocabulary.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    vocabulary.decoder = decoders.WordPiece()
-    vocabulary.add_special_tokens([name for name in special.values() if name in vocab])
-    first, last = special["cls"], special["sep"]
-    vocabulary.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}",
-        special_tokens=[(name, vocab[name]) for name in (first, last)],
-    )
-    vocabulary.enable_padding(pad_id=vocab[special["pad"]], pad_token=special["pad"])
-    return vocabulary
-
-
-def _bert_normalizer(settings: Settings) -> normalizers.Normalizer:
-    accents = settings.values.get("strip_accents")  # None: if lower-casing
-    return normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=settings.flag("tokenize_chinese_chars"),
-        strip_accents=None if accents is None else settings.flag("strip_accents"),
-        lowercase=settings.flag("do_lower_case"),
-    )
 
 
 def _lowercase(vocabulary: tokenizers.Tokenizer) -> None:

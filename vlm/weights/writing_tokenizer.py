@@ -12,7 +12,7 @@ import tokenizers
 from etils import epath
 from tokenizers import Regex, normalizers, processors
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, brief
 from vlm.inputs.cleaning import CLIP_SPECIALS
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.charsmap import charsmap
@@ -35,9 +35,15 @@ def standalone(tokenizer: Tokenizer, *, cleaned: bool = False) -> tokenizers.Tok
     With `cleaned`, its input texts are already cleaned.
 
     Raises:
-        CheckpointError: the cleaning is BERT's, whose case folding no normaliser supports.
+        CheckpointError: the cleaning is BERT's, whose case folding no normaliser supports, or
+            there is a default prompt.
     """
     rules, vocabulary = tokenizer.config, tokenizer.vocabulary
+    if prompt := rules.prompt(None):
+        raise CheckpointError(
+            f"tokenizer.json has no place for the default prompt {brief(prompt)}: save the "
+            "model as a vlm bundle, or without a prompt, as model.with_prompt(None)"
+        )
     if rules.clean == "bert":
         raise CheckpointError(
             "tokenizer.json has no place for the cleaning 'bert' of the tokenizer: save the model "
@@ -81,7 +87,7 @@ def tokenizer_files(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": rules.context_length,
         "padding_side": rules.pad_side,
-        "truncation_side": "right",
+        "truncation_side": rules.truncation_side,
         **{name: vocabulary.id_to_token(i) for name, i in names.items() if i is not None},
         "clean_up_tokenization_spaces": False,
         # transformers makes its pad token special. If that is an ordinary token, such as CLIP's
