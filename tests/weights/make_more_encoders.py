@@ -1,10 +1,13 @@
-"""Writes goldens of AIMv2: small random models.
+"""Writes goldens of AIMv2 and FLAVA: small random models.
 
-Run with the extra `peers` installed: python tests/weights/make_more_encoders.py
+Run with the extra `peers` installed: python tests/weights/make_more_encoders.py [NAME ...]
 """
 
+import sys
+from types import SimpleNamespace
+
 import torch
-from make_dual_encoders import CROP, VISION, embed, record, text_of, vocabulary_of
+from make_dual_encoders import CROP, SQUARE, VISION, embed, record, text_of, vocabulary_of
 from make_vision_towers import transformers as record_vision
 from transformers import (
     Aimv2Config,
@@ -12,6 +15,10 @@ from transformers import (
     Aimv2VisionConfig,
     Aimv2VisionModel,
     CLIPImageProcessorPil,
+    FlavaConfig,
+    FlavaForPreTraining,
+    FlavaImageProcessorPil,
+    FlavaModel,
 )
 
 
@@ -24,8 +31,45 @@ def aimv2(name: str, seed: int) -> None:
     record(name, model, CLIPImageProcessorPil(**CROP), "clip", made, seed, embed)
 
 
+def of_flava(model, pixels, tokens, mask):
+    """What `FlavaForPreTraining` computes for its contrastive loss."""
+    model = getattr(model, "flava", model)
+    image = model.get_image_features(pixel_values=pixels).pooler_output[:, 0]
+    text = model.get_text_features(input_ids=tokens, attention_mask=mask).pooler_output[:, 0]
+    unit = torch.nn.functional.normalize
+    logits = model.logit_scale.exp() * unit(image) @ unit(text).T
+    return SimpleNamespace(image_embeds=image, text_embeds=text, logits_per_image=logits)
+
+
+def flava(name: str, kind, seed: int, **options) -> None:
+    made = vocabulary_of("bert")
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 8}  # fmt: skip
+    config = FlavaConfig(
+        text_config=text_of("bert", *made) | options,
+        image_config=VISION | {"vocab_size": 8} | options,
+        multimodal_config=small, projection_dim=20, hidden_size=24,
+        init_codebook=False,
+    )  # fmt: skip
+    model = kind(config)
+    processor = FlavaImageProcessorPil(size=SQUARE, crop_size=SQUARE)
+    record(name, model, processor, "bert", made, seed, of_flava)
+
+
+MODELS = {
+    "hf_aimv2": lambda: aimv2("hf_aimv2", 31),
+    "one_aimv2": lambda: record_vision(
+        "one_aimv2",
+        Aimv2VisionModel(Aimv2VisionConfig(**VISION, qkv_bias=True, mlp_bias=True)),
+        CLIPImageProcessorPil(**CROP),
+        32,
+    ),
+    "hf_flava": lambda: flava("hf_flava", FlavaModel, 33, qkv_bias=False),
+    "hf_flava_pretraining": lambda: flava("hf_flava_pretraining", FlavaForPreTraining, 34),
+}
+
+
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    aimv2("hf_aimv2", 31)
-    biased = Aimv2VisionConfig(**VISION, qkv_bias=True, mlp_bias=True)
-    record_vision("one_aimv2", Aimv2VisionModel(biased), CLIPImageProcessorPil(**CROP), 32)
+    for name in sys.argv[1:] or MODELS:
+        torch.manual_seed(0)
+        MODELS[name]()

@@ -1,4 +1,4 @@
-"""VisionTextDualEncoder, CLIPSeg, OWL-ViT, BLIP, AIMv2: what is written back, what is refused.
+"""Other dual encoders of transformers: what is written back, and what is refused.
 
 Their outputs are compared in test_golden.py.
 """
@@ -44,9 +44,10 @@ def test_models_are_written_back(name, written, tmp_path):
     assert model.logit_scale == again.logit_scale
 
 
-def test_blip_is_not_written_back(tmp_path):
+@pytest.mark.parametrize("name", ["hf_blip", "hf_flava"])
+def test_parts_of_larger_models_are_not_written_back(name, tmp_path):
     with pytest.raises(CheckpointError, match="no place for"):
-        vlm.load(GOLDEN / "hf_blip").save(tmp_path / "x", format="huggingface")
+        vlm.load(GOLDEN / name).save(tmp_path / "x", format="huggingface")
 
 
 def changed(name, part, changes, tmp_path):
@@ -77,6 +78,15 @@ def changed(name, part, changes, tmp_path):
             "vlm reads BlipForImage",
         ),
         ("hf_blip", "vision_config", {"num_channels": 4}, "4 channels"),
+        (
+            "hf_flava",
+            None,
+            {"architectures": ["FlavaImageModel"]},
+            "vlm reads FlavaModel and Flava",
+        ),
+        ("hf_flava", "image_config", {"num_hidden_layers": 1}, "without a place in the model"),
+        ("hf_flava", "text_config", {"pad_token_id": 3}, "belong to different models"),
+        ("hf_flava", None, {"projection_dim": 8}, "of another shape"),
         ("hf_aimv2", "vision_config", {"use_head": False}, "without its pooling head has no embed"),
         ("hf_aimv2", "vision_config", {"is_native": True}, "is_native is True: vlm supports False"),
         ("hf_aimv2", "text_config", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

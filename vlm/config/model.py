@@ -55,6 +55,7 @@ class TextConfig(Config):
             and after the embeddings (BERT).
         norm_kind: Kind of the norms. layer: LayerNorm; rms: RMSNorm, without mean and bias (AIMv2).
         mlp: Kind of MLP. plain: two layers; the others are gated, as in `ViTConfig`.
+        embedding_norm: For norm pre: add a norm after the embeddings, as norm post has (FLAVA).
         last_norm: For norm post: one more norm after the blocks (AltCLIP).
         pooler: For norm post: a linear layer and a tanh after pooling (BERT's pooler).
         projection: Layer from the pooled token to the shared space. mlp: two layers without
@@ -92,6 +93,7 @@ class TextConfig(Config):
     dropout: float = 0.0
     norm_kind: NormKind = "layer"
     mlp: MlpKind = "plain"
+    embedding_norm: bool = False
 
     def check(self):
         check_heads(self)

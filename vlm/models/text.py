@@ -37,8 +37,8 @@ class TextTower(nnx.Module):
         learned = c.positions == "learned"
         self.position = nnx.Param(position(rngs.params(), (count, c.width))) if learned else None
         post = c.norm == "post"
-        norm = NORMS[c.norm_kind]
-        self.embedding_norm = norm(c.width, c.norm_eps, rngs=rngs) if post else None
+        norm, first = NORMS[c.norm_kind], post or c.embedding_norm
+        self.embedding_norm = norm(c.width, c.norm_eps, rngs=rngs) if first else None
         self.transformer = Transformer(
             c.width,
             c.depth,

@@ -40,14 +40,24 @@ _READ_OF = {
     "Siglip2": {"patch_size", "max_num_patches"},
     "Fgclip2": {"patch_size", "max_num_patches", "dynamic_max_patches"},
     "EfficientNet": {"rescale_offset", "include_top"},
-}
+    # Of masks and of the codebook, which have no part in an embedding.
+    "Flava": {
+        "return_image_mask", "input_size_patches", "total_mask_patches", "mask_group_min_patches",
+        "mask_group_max_patches", "mask_group_min_aspect_ratio", "mask_group_max_aspect_ratio",
+        "return_codebook_pixels", "codebook_do_resize", "codebook_size", "codebook_resample",
+        "codebook_do_center_crop", "codebook_crop_size", "codebook_do_rescale",
+        "codebook_rescale_factor", "codebook_do_map_pixels", "codebook_do_normalize",
+        "codebook_image_mean", "codebook_image_std",
+    },
+}  # fmt: skip
 # Processors of transformers, without ending; feature extractors are in old folders.
 _PROCESSORS = (
     "CLIPImageProcessor", "CLIPFeatureExtractor", "ChineseCLIPImageProcessor",
     "ChineseCLIPFeatureExtractor", "SiglipImageProcessor", "Siglip2ImageProcessor",
     "Fgclip2ImageProcessor", "EfficientNetImageProcessor", "Tipsv2ImageProcessor",
     "ViTImageProcessor", "ViTFeatureExtractor", "BitImageProcessor", "DINOv3ViTImageProcessor",
-    "BlipImageProcessor", "OwlViTImageProcessor", "OwlViTFeatureExtractor",
+    "BlipImageProcessor", "OwlViTImageProcessor", "OwlViTFeatureExtractor", "FlavaImageProcessor",
+    "FlavaFeatureExtractor",
 )  # fmt: skip
 PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
@@ -97,7 +107,8 @@ def huggingface_preprocess(
     elif _on(values, "do_normalize", not tips, where):
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
         fallback = (IMAGENET_MEAN, IMAGENET_STD) if dinov3 else fallback
-        fallback = (CLIP_MEAN, CLIP_STD) if name.startswith(("Blip", "OwlViT")) else fallback
+        clip = name.startswith(("Blip", "OwlViT", "Flava"))
+        fallback = (CLIP_MEAN, CLIP_STD) if clip else fallback
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
         common["std"] = _deviation(values.get("image_std", fallback[1]), f"{where}: image_std")
     if naflex:
@@ -117,7 +128,8 @@ def huggingface_preprocess(
     if square is None:
         square = family == "squash" and not name.startswith("Siglip")
     size = _edges(size, f"{where}: size", square=boolean(square, f"{where}: default_to_square"))
-    if _on(values, "do_center_crop", family == "crop", where):
+    crops = family == "crop" or name.startswith("Flava")
+    if _on(values, "do_center_crop", crops, where):
         crop = values.get("crop_size", 289 if efficient else 224)
         side = _edges(crop, f"{where}: crop_size", square=True)["height"]
         if side is None:

@@ -19,6 +19,7 @@ from vlm.weights import (
     blip,
     clip_inside,
     fgclip2,
+    flava,
     huggingface,
     one_tower,
     tipsv2,
@@ -38,6 +39,7 @@ FAMILIES = (
     clip_inside,
     blip,
     aimv2,
+    flava,
 )
 _READERS: dict[str, ModuleType] = {
     name: family for family in FAMILIES for name in family.MODEL_TYPES

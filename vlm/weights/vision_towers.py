@@ -187,7 +187,7 @@ _ATTENTION = {
     "attention.query": "attention.attention.query", "attention.key": "attention.attention.key",
     "attention.value": "attention.attention.value", "attention.out": "attention.output.dense",
 }  # fmt: skip
-_VIT_LAYERS = _ATTENTION | {
+VIT_LAYERS = _ATTENTION | {
     "attention_norm": "layernorm_before", "mlp_norm": "layernorm_after",
     "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
 }  # fmt: skip
@@ -199,7 +199,7 @@ _SCALED = {
 
 def _vit_rules(c: ViTConfig, root: str) -> list[Rule]:
     pooler = linear(f"{root}pooler.dense", "vision.pooler") if c.pooler else []
-    layers = block(f"{root}encoder.layer.{{}}", _OURS, _VIT_LAYERS)
+    layers = block(f"{root}encoder.layer.{{}}", _OURS, VIT_LAYERS)
     return [*_tables(c, root), *layers, *norm(f"{root}layernorm", "vision.norm"), *pooler]
 
 
