@@ -210,7 +210,7 @@ ENTRY = json.dumps(entry(0, 48))
             '{"a": {"dtype": "F32", "dtype": "F32", "shape": [12], "data_offsets": [0, 48]}}',
             "twice",
         ),
-        ({"a": entry(0, 48, "F8_E4M3", [48])}, "tensors of type F8_E4M3, which are quantised"),
+        ({"a": entry(0, 48, "F8_E8M0", [48])}, "tensors of type F8_E8M0, which are quantised"),
         ({"a": entry(0, 48, "C64", [6])}, "tensors of type C64, .*not of real numbers"),
         ({"a": entry(0, 48, "F31")}, "unknown type 'F31'"),
         ({"a": entry(0, 48, ["F32"])}, "unknown type"),

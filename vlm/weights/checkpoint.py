@@ -13,10 +13,15 @@ from vlm.errors import CheckpointError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.fields import fields, read_json
 from vlm.weights.files import SafetensorsFile, Shards, Tensors
+from vlm.weights.quantized_folders import dequantized
 from vlm.weights.resolution import Positions, TextPositions
 from vlm.weights.rules import Rule, count_layers
 from vlm.weights.torch_pickle import TorchFile
 
+GGUF = (
+    "is in GGUF, which lacks the logit scale and the tokenizer's merges of a CLIP (clip.cpp), or its "
+    "text tower and projections (llama.cpp's mmproj): load the model that it was converted from"
+)
 _SHARD = re.compile(r"\w[\w.-]*")  # no path, so that nothing outside the folder is read
 
 
@@ -112,8 +117,11 @@ def float32_rows(tensors: Tensors, name: str, start: int, stop: int | None) -> n
 def weights(folder: epath.Path, *stems: str) -> Tensors:
     """Open `STEM.safetensors` or `STEM.bin`, or the shards that its index lists.
 
+    Quantized weights are read as float32.
+
     Raises:
-        CheckpointError: none of them is there, or a shard is missing.
+        CheckpointError: none of them is there, or a shard is missing, or quantized weights in a
+            layout that vlm does not read.
     """
     for name in weight_names(*stems):
         file = folder / name
@@ -121,7 +129,7 @@ def weights(folder: epath.Path, *stems: str) -> Tensors:
             continue
         files = shards(file) if name.endswith(".index.json") else [file]
         kind = SafetensorsFile if ".safetensors" in name else TorchFile
-        return Shards([kind(file) for file in files])
+        return dequantized(Shards([kind(file) for file in files]), folder)
     wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
     raise CheckpointError(f"{folder} has no {wanted}: the download is incomplete")
 

@@ -37,10 +37,15 @@ DTYPES = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+_FLOATS = {DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
+_FLOATS_8 = {DTYPES["F8_E4M3"], DTYPES["F8_E5M2"]}
+_SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "scale")
 # Types of the format that hold no parameters as such: quantised or complex numbers.
 _OTHER_DTYPES = {
-    "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4",
+    "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4",
     "U64", "U32", "U16", "C64", "C128",
 }  # fmt: skip
 _PART = 2**22  # elements
@@ -79,10 +84,12 @@ def read_parameter(
     """Read a tensor of parameters, or its rows `start:stop`.
 
     Raises:
-        CheckpointError: its values are not floating-point numbers.
+        CheckpointError: its values are not floating-point numbers, or have scales beside them.
     """
     values = tensors.read(name, start, stop)
-    if values.dtype.kind != "f" and values.dtype != ml_dtypes.bfloat16:
+    stem = name.removesuffix("weight")
+    alone = not any(stem + scale in tensors.shapes for scale in _SCALES)
+    if values.dtype not in _FLOATS and not (values.dtype in _FLOATS_8 and alone):
         raise CheckpointError(
             f"{tensors.where} has {brief(name)} as {values.dtype}, as a quantised model does: get "
             "the model in float32, float16 or bfloat16"

@@ -24,9 +24,10 @@ from vlm.weights import (
 )
 from vlm.weights.blobs import download_blob
 from vlm.weights.bundle_format import BUNDLE_FILE
-from vlm.weights.checkpoint import shards, weight_names
+from vlm.weights.checkpoint import GGUF, shards, weight_names
 from vlm.weights.fields import read_json
 from vlm.weights.pins import Pin, hub_folder, pinned_folder, read_pin, write_pin
+from vlm.weights.quantized_folders import QUANTO
 
 _log = logging.getLogger(__name__)
 _UNRECORDED = (
@@ -46,6 +47,7 @@ _INPUTS = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    QUANTO,
 )
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
@@ -152,6 +154,8 @@ def _fetch(name: str, revision: str | None, pin: Pin | None) -> tuple[epath.Path
             return path
 
         configs = [file for file in _CONFIGS if file in sizes]
+        if not configs and any(file.endswith(".gguf") for file in sizes):
+            raise CheckpointError(f"the Hub model {name!r} {GGUF}")
         if not configs:
             raise CheckpointError(
                 f"the Hub model {name!r} is not of a kind that vlm reads: it has none of "

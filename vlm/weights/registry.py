@@ -29,7 +29,7 @@ from vlm.weights import (
     transformers_folders,
 )
 from vlm.weights.adapter import SavedAdapter
-from vlm.weights.checkpoint import Checkpoint
+from vlm.weights.checkpoint import GGUF, Checkpoint
 from vlm.weights.hub import download, is_hub_id
 
 _log = logging.getLogger(__name__)
@@ -163,6 +163,8 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
     for family in FAMILIES:
         if family.recognises(path):
             return family.open_checkpoint(path)
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        raise CheckpointError(f"{path} {GGUF}")
     raise CheckpointError(
         f"{path} is not a model: it has none of {bundle_format.BUNDLE_FILE}, config.json, "
         "open_clip_config.json"
