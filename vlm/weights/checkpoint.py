@@ -19,8 +19,8 @@ from vlm.weights.rules import Rule, count_layers
 from vlm.weights.torch_pickle import TorchFile
 
 GGUF = (
-    "is in GGUF, which lacks the logit scale and the tokenizer's merges of a CLIP (clip.cpp), or its "
-    "text tower and projections (llama.cpp's mmproj): load the model that it was converted from"
+    "is in GGUF, which lacks the logit scale and the tokenizer's merges of a CLIP (clip.cpp), or "
+    "its text tower and projections (llama.cpp's mmproj): load the model that it was converted from"
 )
 _SHARD = re.compile(r"\w[\w.-]*")  # no path, so that nothing outside the folder is read
 
