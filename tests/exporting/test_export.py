@@ -364,6 +364,7 @@ def picture_files(folder: Path) -> list[Path]:
     [
         {}, {"resize": "crop", "short_side": 41}, {"backend": "tensor"}, {"background": None},
         {"backend": "tensorflow", "kernel": "bilinear", "antialias": False}, {"resize": "pad"},
+        {"backend": "scipy", "kernel": "bilinear", "resize": "pad"},
         {"decode": "reference"}, {"backend": "tensor", "resize": "crop", "antialias": False},
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""Writes goldens of AIMv2 and FLAVA: small random models.
+"""Writes goldens of AIMv2, FLAVA and OWLv2: small random models.
 
 Run with the extra `peers` installed: python tests/weights/make_more_encoders.py [NAME ...]
 """
@@ -19,6 +19,9 @@ from transformers import (
     FlavaForPreTraining,
     FlavaImageProcessorPil,
     FlavaModel,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessorPil,
 )
 
 
@@ -56,6 +59,15 @@ def flava(name: str, kind, seed: int, **options) -> None:
     record(name, model, processor, "bert", made, seed, of_flava)
 
 
+def owlv2(name: str, seed: int) -> None:
+    made = vocabulary_of("clip")
+    config = Owlv2Config(
+        text_config=text_of("clip", *made), vision_config=VISION, projection_dim=24
+    )
+    model, processor = Owlv2ForObjectDetection(config), Owlv2ImageProcessorPil(size=SQUARE)
+    record(name, model, processor, "clip", made, seed, lambda m, *given: embed(m.owlv2, *given))
+
+
 MODELS = {
     "hf_aimv2": lambda: aimv2("hf_aimv2", 31),
     "one_aimv2": lambda: record_vision(
@@ -65,6 +77,7 @@ MODELS = {
         32,
     ),
     "hf_flava": lambda: flava("hf_flava", FlavaModel, 33, qkv_bias=False),
+    "hf_owlv2": lambda: owlv2("hf_owlv2", 35),
     "hf_flava_pretraining": lambda: flava("hf_flava_pretraining", FlavaForPreTraining, 34),
 }
 

@@ -28,6 +28,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
         ("hf_vt_dino_clip", "vision-text-dual-encoder"),
         ("hf_clipseg", "clip"),
         ("hf_owlvit", "clip"),
+        ("hf_owlv2", "clip"),
         ("hf_aimv2", "aimv2"),
     ],
 )
@@ -77,6 +78,7 @@ def changed(name, part, changes, tmp_path):
             {"architectures": ["BlipForQuestionAnswering"]},
             "vlm reads BlipForImage",
         ),
+        ("hf_blip", None, {"model_type": "blip-2"}, "several vectors of an image"),
         ("hf_blip", "vision_config", {"num_channels": 4}, "4 channels"),
         (
             "hf_flava",
@@ -117,12 +119,28 @@ def test_tensors_that_differ_are_refused_by_name(tmp_path):
         vlm.load(folder)
 
 
-def test_a_processor_that_vlm_does_not_have_is_refused(tmp_path):
-    folder = changed("hf_owlvit", None, {"model_type": "owlv2"}, tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"do_pad": False}, "turns do_pad off"),
+        ({"size": {"height": 32, "width": 40}}, "not a square"),
+        ({"size": {"shortest_edge": 32}}, "size.height is None"),
+        ({"image_processor_type": "OwlV3ImageProcessor"}, "is 'OwlV3ImageProcessor'"),
+    ],
+)
+def test_other_processors_of_owlv2_are_refused(changes, message, tmp_path):
+    folder = shutil.copytree(GOLDEN / "hf_owlv2", tmp_path / "owlv2")
     file = folder / "preprocessor_config.json"
-    file.write_text(json.dumps({"image_processor_type": "Owlv2ImageProcessor"}))
-    with pytest.raises(CheckpointError, match="image_processor_type is 'Owlv2ImageProcessor'"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
         vlm.load(folder)
+
+
+def test_owlv2_has_one_resize_backend(tmp_path):
+    with pytest.raises(ConfigError, match=r"has the backend .scipy. alone"):
+        vlm.load(GOLDEN / "hf_owlv2", resize_backend="pillow")
+    with pytest.raises(ConfigError, match="has one form"):
+        vlm.inputs.Preprocess(vlm.PreprocessConfig(backend="scipy", resize="squash"))
 
 
 def test_aimv2_bounds_its_scale_as_transformers_does(tmp_path):

@@ -35,7 +35,10 @@ def test_towers_compute_what_theirs_do(case):
 def test_pixels_and_tokens_are_theirs(case):
     bundle, golden = case
     raw = [golden[f"image/{i}"] for i in range(len(golden["pixels"]))]
-    assert np.abs(bundle.preprocess(raw) - golden["pixels"]).max() < 1e-6
+    # OWLv2's processor does not round resized pixels to 8 bits.
+    rounded = bundle.preprocess.config.backend == "scipy"
+    close = 0.51 / 255 / min(bundle.preprocess.config.std) if rounded else 1e-6
+    assert np.abs(bundle.preprocess(raw) - golden["pixels"]).max() < close
     if "texts" in golden:
         tokens = bundle.tokenizer(golden["texts"].tolist())
         assert np.array_equal(tokens, golden["tokens"])
@@ -45,7 +48,8 @@ def test_end_to_end(case):
     """Raw images and texts, through buckets and cut padding, give the same embeddings."""
     bundle, golden = case
     raw = [golden[f"image/{i}"] for i in range(len(golden["pixels"]))]
-    assert np.abs(bundle.encode_image(raw) - unit(golden["z_image"])).max() < 5e-6
+    close = 1e-2 if bundle.preprocess.config.backend == "scipy" else 5e-6  # rounded pixels
+    assert np.abs(bundle.encode_image(raw) - unit(golden["z_image"])).max() < close
     if "texts" in golden:
         z_text = bundle.encode_text(golden["texts"].tolist())
         assert np.abs(z_text - unit(golden["z_text"])).max() < 2e-6

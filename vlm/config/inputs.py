@@ -30,7 +30,8 @@ class PreprocessConfig(Config):
         max_patches: For naflex: maximum number of patches; in training, the model's.
         kernel: Interpolation of the resize.
         backend: Implementation of the resize: pillow, as torchvision for PIL images; tensor, as
-            torchvision for uint8 tensors; tensorflow, as big_vision.
+            torchvision for uint8 tensors; tensorflow, as big_vision; scipy, as OWLv2: pad at the
+            right and bottom to a square, then blur and interpolate linearly.
         antialias: Antialiasing of the tensor backend when it shrinks an image; pillow always has
             it, tensorflow never.
         mean: Mean of red, green and blue to subtract, for values from 0 to 1.
@@ -55,7 +56,7 @@ class PreprocessConfig(Config):
     patch_size: int | None = None
     max_patches: int | None = None
     kernel: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
-    backend: Literal["pillow", "tensor", "tensorflow"] = "pillow"
+    backend: Literal["pillow", "tensor", "tensorflow", "scipy"] = "pillow"
     antialias: bool = True
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)

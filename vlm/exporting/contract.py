@@ -136,6 +136,8 @@ def pixels_code(config: PreprocessConfig) -> str:
         functions += [resizing._fixed_point, resizing._shift, resizing._kernel]
     elif config.backend == "tensorflow":
         functions += [resizing.resize_tensorflow, resizing._neighbours]
+    elif config.backend == "scipy":
+        functions += [resizing.resize_scipy]
     code = "\n\n".join(map(_plain, functions))
     if config.decode != "reference":
         code = f"_STRIP_PIXELS = {opening._STRIP_PIXELS}\n\n{code}"

@@ -12,7 +12,7 @@ from vlm.config import PreprocessConfig
 from vlm.errors import ConfigError, check_choice
 from vlm.inputs import naflex
 from vlm.inputs.opening import MAX_PIXELS, ImageLike, Smallest, one_or_many, open_image
-from vlm.inputs.resizing import PILLOW_KERNELS, resize_tensor, resize_tensorflow
+from vlm.inputs.resizing import PILLOW_KERNELS, resize_scipy, resize_tensor, resize_tensorflow
 from vlm.nn.naflex import Patches
 
 MAX_WEIGHTS = 1 << 24  # of a matrix resize, and its pixels: half a GiB in total
@@ -51,7 +51,14 @@ class Preprocess:
             raise ConfigError(
                 'the backend "tensorflow" has one form: set kernel="bilinear" and antialias=False'
             )
-        if config.resize == "pad" and config.backend != "pillow":
+        if config.backend == "scipy" and (
+            config.resize != "pad" or config.kernel != "bilinear" or any(config.pad_value)
+        ):
+            raise ConfigError(
+                'the backend "scipy" has one form: set resize="pad", kernel="bilinear" and '
+                "pad_value=(0, 0, 0)"
+            )
+        if config.resize == "pad" and config.backend not in ("pillow", "scipy"):
             raise ConfigError('resize "pad" needs the backend "pillow": set it, or choose squash')
         if config.resize == "naflex" and not (config.patch_size and config.max_patches):
             raise ConfigError('resize "naflex" needs patch_size and max_patches: set both')
@@ -116,6 +123,8 @@ class Preprocess:
         """Return the resized image, not normalised; errors call it `name` if it has no path."""
         config, opened = self.config, self._limit_length(self.open(image, name))
         (width, height), box = self.layout(*opened.size)
+        if config.backend == "scipy":
+            return resize_scipy(np.asarray(opened), config.image_size)
         if config.backend != "pillow":
             array = np.asarray(opened)
             if config.backend == "tensorflow":
@@ -203,7 +212,8 @@ class Preprocess:
         if config.resize == "pad":  # open_clip's ResizeKeepRatio and CenterCropOrPad
             ratio = max(width, height) / config.image_size
             size = tuple(max(1, round(side / ratio)) for side in (width, height))
-            left, top = ((config.image_size - side) // 2 for side in size)
+            middle = config.backend != "scipy"  # which pads at the right and bottom alone
+            left, top = ((config.image_size - side) // 2 * middle for side in size)
             return size, (left, top, left + size[0], top + size[1])
         # torchvision truncates the long side: int(short * long / short_now).
         if config.resize == "squash":
@@ -233,6 +243,11 @@ def with_options(
     if resize_backend is None or resize_backend == config.backend:
         return config
     check_choice("resize_backend", resize_backend, ("pillow", "tensor", "tensorflow"))
+    if config.backend == "scipy":
+        raise ConfigError(
+            f"resize_backend {resize_backend!r}: this model's preprocessing, OWLv2's, has the "
+            'backend "scipy" alone: leave resize_backend out'
+        )
     own = resize_backend != "tensorflow"  # of which there is only one form
     kernel = config.kernel if own else "bilinear"
     return dataclasses.replace(config, backend=resize_backend, antialias=own, kernel=kernel)

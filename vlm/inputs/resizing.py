@@ -1,8 +1,8 @@
 """Image resizing, bit-exact to the reference code of each model family.
 
-There are three backends. `pillow` equals torchvision and transformers on PIL images. `tensor`
+There are four backends. `pillow` equals torchvision and transformers on PIL images. `tensor`
 equals them on uint8 tensors (the default of transformers 5). `tensorflow` equals big_vision.
-The last two are implemented here in NumPy.
+These two are implemented here in NumPy. `scipy` equals OWLv2's processor, rounded to 8 bits.
 """
 
 import numpy as np
@@ -46,6 +46,24 @@ def resize_tensorflow(
     wide = array.astype(np.float32)
     wide = wide[:, left] + (wide[:, right] - wide[:, left]) * across[:, None]
     return (wide[top] + (wide[bottom] - wide[top]) * down[:, None, None]).astype(np.uint8)
+
+
+def resize_scipy(array: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "size size c"]:
+    """Pad with black at the right and bottom to a square, and resize as scikit-image does.
+
+    An image that shrinks is blurred first; both steps mirror the square at its edges.
+    """
+    from scipy import ndimage
+
+    height, width = array.shape[:2]
+    side = max(height, width)
+    square = np.zeros((side, side, array.shape[2]), np.float32)
+    square[:height, :width] = array
+    blur = max(0.0, (side / size - 1) / 2)
+    filtered = ndimage.gaussian_filter(square, (blur, blur, 0), mode="mirror")
+    factors = (size / side, size / side, 1)
+    zoomed = ndimage.zoom(filtered, factors, order=1, mode="mirror", grid_mode=True)
+    return np.round(np.clip(zoomed, square.min(), square.max())).astype(np.uint8)
 
 
 def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

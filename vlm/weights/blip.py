@@ -18,7 +18,7 @@ from vlm.weights.one_tower import SCALE, with_scale
 from vlm.weights.rules import Rule, leading
 from vlm.weights.text_encoders import bert_rules
 
-MODEL_TYPES = ("blip",)
+MODEL_TYPES = ("blip", "blip-2")
 # Defaults of transformers' configuration classes.
 _VISION = {
     "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768,
@@ -38,8 +38,14 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     """Configuration of a model of this family.
 
     Raises:
-        CheckpointError: another class of BLIP, which has no contrastive half.
+        CheckpointError: another class of BLIP, which has no contrastive half, or BLIP-2.
     """
+    if values["model_type"] == "blip-2":
+        raise CheckpointError(
+            f"{where} describes a BLIP-2: its Q-Former makes several vectors of an image, and a "
+            "score is the cosine of the best of them with the text, where a vlm model has one "
+            "vector of an image: use a model such as google/siglip2-base-patch16-224"
+        )
     names = values.get("architectures") or [_CLASS]
     if names != [_CLASS]:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """CLIP inside a segmenter or a detector of transformers: CLIPSeg (arXiv:2112.10003) and OWL-ViT.
 
 The towers and projections are read (Minderer et al., 2022, arXiv:2205.06230); heads and decoders
-are left out. OWLv2 has the same towers, and an image processor that vlm does not have.
+are left out. OWLv2 has the same towers, and pads its images.
 """
 
 import dataclasses

@@ -3,7 +3,8 @@
 "CLIPImageProcessor" and "SiglipImageProcessor" used Pillow when these models were published, and
 use torchvision's tensors since transformers 5. Their files do not say which. vlm uses Pillow like
 the authors, and tensors for names that end in "Fast" and for "Tipsv2ImageProcessor". DINOv3's
-processor resizes in floating point; vlm rounds to 8 bits, by at most one grey level.
+processor resizes in floating point, and OWLv2's too; vlm rounds to 8 bits, by at most one grey
+level. Of OWLv2's two forms, which blur differently, vlm has the older, of scipy.
 """
 
 import math
@@ -41,6 +42,7 @@ _READ_OF = {
     "Fgclip2": {"patch_size", "max_num_patches", "dynamic_max_patches"},
     "EfficientNet": {"rescale_offset", "include_top"},
     # Of masks and of the codebook, which have no part in an embedding.
+    "Owlv2": {"do_pad"},
     "Flava": {
         "return_image_mask", "input_size_patches", "total_mask_patches", "mask_group_min_patches",
         "mask_group_max_patches", "mask_group_min_aspect_ratio", "mask_group_max_aspect_ratio",
@@ -57,7 +59,7 @@ _PROCESSORS = (
     "Fgclip2ImageProcessor", "EfficientNetImageProcessor", "Tipsv2ImageProcessor",
     "ViTImageProcessor", "ViTFeatureExtractor", "BitImageProcessor", "DINOv3ViTImageProcessor",
     "BlipImageProcessor", "OwlViTImageProcessor", "OwlViTFeatureExtractor", "FlavaImageProcessor",
-    "FlavaFeatureExtractor",
+    "FlavaFeatureExtractor", "Owlv2ImageProcessor",
 )  # fmt: skip
 PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
@@ -107,10 +109,17 @@ def huggingface_preprocess(
     elif _on(values, "do_normalize", not tips, where):
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
         fallback = (IMAGENET_MEAN, IMAGENET_STD) if dinov3 else fallback
-        clip = name.startswith(("Blip", "OwlViT", "Flava"))
+        clip = name.startswith(("Blip", "OwlViT", "Owlv2", "Flava"))
         fallback = (CLIP_MEAN, CLIP_STD) if clip else fallback
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
         common["std"] = _deviation(values.get("image_std", fallback[1]), f"{where}: image_std")
+    if name.startswith("Owlv2"):
+        if not _on(values, "do_pad", True, where):
+            raise CheckpointError(f"{where} turns do_pad off: vlm pads as OWLv2 does")
+        edges = _edges(values.get("size", 960), f"{where}: size", square=True)
+        side = integer(edges["height"], f"{where}: size.height", high=MAX_PIXELS)
+        common |= {"kernel": "bilinear", "backend": "scipy"}
+        return PreprocessConfig(image_size=side, resize="pad", **common)
     if naflex:
         patch_size = integer(values.get("patch_size", 16), f"{where}: patch_size", high=MAX_PIXELS)
         patches = integer(values.get("max_num_patches", 256), f"{where}: max_num_patches")

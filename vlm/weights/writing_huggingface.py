@@ -150,11 +150,13 @@ def _preprocess(c: PreprocessConfig, family: str, name: str | None = None) -> di
     cropped = c.resize == "squash" and c.short_side not in (None, c.image_size)
     faults = {
         "TensorFlow's resizing of images (pillow or tensor)": c.backend == "tensorflow",
-        "preprocessing that pads to the square": c.resize == "pad",
+        "preprocessing that pads to the square": c.resize == "pad" and c.backend != "scipy",
         "centre crops of squashed images (EfficientNet's processor)": cropped,
         "centre crops with SiglipModel, whose processor squashes": siglip and c.resize == "crop",
     }
     parts.refuse_if("transformers", faults)
+    if c.backend == "scipy":
+        return parts.processor_values(c, "Owlv2ImageProcessor", do_pad=True)
     names = {"siglip": "SiglipImageProcessor", "siglip2": "Siglip2ImageProcessor"}
     name = names.get(family, name or "CLIPImageProcessor")
     values = parts.processor_values(
