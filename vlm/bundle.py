@@ -35,7 +35,7 @@ from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import replicated, shardings, to_host
-from vlm.video import encode_video
+from vlm.video import encode_video, video_logits
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
@@ -159,7 +159,7 @@ class Bundle(FactSheet):
         batches = (shortened(self.tokenizer(chunk, prompt), self.config.text) for chunk in chunks)
         return self._run(self._text_program, batches, size)
 
-    encode_video = encode_video
+    encode_video, video_logits = encode_video, video_logits
 
     def encode_pixels(self, rows: UInt8[np.ndarray, "n h w 3"] | Patches) -> Float32[Any, "n d"]:
         """Encode one batch of `preprocess.collate` to unit-norm embeddings."""

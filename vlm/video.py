@@ -1,23 +1,30 @@
-"""`Bundle.encode_video`: one embedding for each video.
+"""`Bundle.encode_video` and `Bundle.video_logits`.
 
 An image model averages the embeddings of uniformly sampled frames, and normalizes the mean again:
 CLIP4Clip's parameter-free similarity (Luo et al., 2021, arXiv:2104.08860). Perception Encoder's
 `encode_video` is the same mean, up to its length. A video model has a tower that takes all frames.
 """
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, UInt8
+from flax import nnx
+from jaxtyping import Array, Float32, UInt8
 from PIL import Image
 
+from vlm.config import XCLIPConfig
 from vlm.errors import ConfigError
 from vlm.inputs.batches import batch_size_of
 from vlm.inputs.opening import OnError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.videos import VideoLike, one_or_many_videos, read_videos
+from vlm.models.dual_encoder import unit_norm
+from vlm.models.running import run_batches
 from vlm.weights.instantiate import check_tower
 
 FRAMES = 8  # of a video, for image models: Perception Encoder's (arXiv:2504.13181)
@@ -53,26 +60,77 @@ def encode_video(
         ConfigError: a number of frames that a video model does not take.
     """
     check_tower(self.model, "vision", self.name)
-    fixed = self.config.vision.video_frames
-    count = frames_of(self, frames)
-    stream = read_videos(
-        self.preprocess,
-        one_or_many_videos(videos),
-        count,
-        repeat=fixed is not None,
-        on_error=on_error,
-    )
+    stream = _read(self, videos, frames, on_error)
+    if self.config.vision.video_frames is not None:
+        size = _videos_at_once(self, batch_size)
+        return self._run(self._image_program, _pixels(self.preprocess, stream, size), size)
     size = batch_size_of(batch_size)
-    if fixed is None:
-        parts = [np.zeros((0, self.embed_dim), np.float32)]
-        for first in stream:
-            group = itertools.chain([first], itertools.islice(stream, _GROUP - 1))
-            parts.append(_frame_means(self, group, size))
-        return np.concatenate(parts)
-    size = size if batch_size is not None else max(1, size // fixed)
-    groups = iter(lambda: list(itertools.islice(stream, size)), [])
-    batches = (np.stack([_pixels(self.preprocess, video) for video in group]) for group in groups)
-    return self._run(self._image_program, batches, size)
+    parts = [np.zeros((0, self.embed_dim), np.float32)]
+    for first in stream:
+        group = itertools.chain([first], itertools.islice(stream, _GROUP - 1))
+        parts.append(_frame_means(self, group, size))
+    return np.concatenate(parts)
+
+
+def video_logits(
+    self: Any,  # a Bundle
+    videos: VideoLike | Iterable[VideoLike],
+    texts: str | Iterable[str],
+    batch_size: int | None = None,
+    *,
+    frames: int | None = None,
+    on_error: OnError | None = None,
+) -> Float32[np.ndarray, "n m"]:
+    """Return the logits of n videos over m texts, as the model's own code computes them.
+
+    They are scale * cosine + bias of `encode_video` and `encode_text`. X-CLIP changes the text
+    embeddings by the features of each video first (arXiv:2208.02816). `vlm.heads.Classification`
+    turns logits into scores.
+
+    Args:
+        videos: one or several videos, as for `encode_video`.
+        texts: one or several texts.
+        batch_size: as for `encode_video`.
+        frames: as for `encode_video`.
+        on_error: as for `encode_video`.
+
+    Raises:
+        DataError: a video is missing or unreadable, or a text is not a string.
+        ConfigError: a number of frames that a video model does not take.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    z_text = self.encode_text(texts)
+    if not has_prompts(self):
+        z_video = self.encode_video(videos, batch_size, frames=frames, on_error=on_error)
+        logits = self.logit_scale * (z_video @ z_text.T) + self.logit_bias
+        return logits.astype(np.float32)
+    check_tower(self.model, "vision", self.name)
+    graph, state = self._split
+    z_text = _text_features(graph, state, self.tokenizer(texts)) if texts else z_text
+    size = _videos_at_once(self, batch_size)
+    stream = _read(self, videos, frames, on_error)
+    batches = map(self.preprocess.normalize, _pixels(self.preprocess, stream, size))
+    encode = functools.partial(_prompted_logits, graph, state, z_text)
+    return run_batches(encode, batches, size, len(texts), self._mesh)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text_features(graph: Any, state: Any, tokens: Array) -> Array:
+    return nnx.merge(graph, state).text(tokens)  # not of unit norm
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prompted_logits(graph: Any, state: Any, texts: Array, videos: Array) -> Array:
+    model = nnx.merge(graph, state)
+    z, context = model.vision.features(videos)
+    z_text = unit_norm(model.vision.prompted(texts, context))
+    cosines = jnp.einsum("be,bme->bm", unit_norm(z), z_text)
+    return jnp.exp(model.logit_scale[...]) * cosines
+
+
+def has_prompts(bundle: Any) -> bool:
+    """Return True if the text embeddings of a model depend on the video, as X-CLIP's."""
+    return isinstance(bundle.config.vision, XCLIPConfig)
 
 
 def frames_of(bundle: Any, frames: int | None = None) -> int:
@@ -108,5 +166,23 @@ def _frame_means(
     return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), np.float32(1e-12))
 
 
-def _pixels(preprocess: Preprocess, frames: Sequence[Image.Image]) -> UInt8[np.ndarray, "f h w 3"]:
-    return np.stack([preprocess.pixels(frame) for frame in frames])
+def _read(
+    bundle: Any, videos: Any, frames: int | None, on_error: OnError | None
+) -> Iterator[list[Image.Image]]:
+    count, stream = frames_of(bundle, frames), one_or_many_videos(videos)
+    fixed = bundle.config.vision.video_frames is not None
+    return read_videos(bundle.preprocess, stream, count, repeat=fixed, on_error=on_error)
+
+
+def _videos_at_once(bundle: Any, batch_size: int | None) -> int:
+    """Return the batch size of a video model: by default, of as many frames as images."""
+    size = batch_size_of(batch_size)
+    return size if batch_size is not None else max(1, size // bundle.config.vision.video_frames)
+
+
+def _pixels(
+    preprocess: Preprocess, videos: Iterator[list[Image.Image]], size: int
+) -> Iterator[UInt8[np.ndarray, "n f h w 3"]]:
+    """Yield batches of `size` videos."""
+    for group in iter(lambda: list(itertools.islice(videos, size)), []):
+        yield np.stack([[preprocess.pixels(frame) for frame in video] for video in group])

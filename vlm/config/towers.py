@@ -9,6 +9,7 @@ from vlm.config.bounds import check_activation, check_heads
 from vlm.config.code import ImportPath
 from vlm.config.efficientnet import EfficientNetConfig
 from vlm.config.module_towers import VisionModuleConfig
+from vlm.config.video_towers import XCLIPConfig
 from vlm.errors import ConfigError
 
 # Activation functions of a tower.
@@ -456,6 +457,7 @@ VisionTowerConfig = (
     | ConvNeXtConfig
     | ViTaminConfig
     | EfficientNetConfig
+    | XCLIPConfig
     | VisionModuleConfig
     | NoVisionConfig
 )

@@ -341,6 +341,11 @@ class Experiment(Config):
                     f"the model has no {tower} tower, and contrastive training needs both: start "
                     "from a model with both, or give the config of a new one"
                 )
+        if vision.video_frames is not None:
+            raise ConfigError(
+                f"the vision tower of kind {vision.kind!r} takes videos, and vlm trains on images: "
+                "start from an image model, such as ViT-B-32"
+            )
         if self.preprocess is not None and self.preprocess.image_size != vision.image_size:
             raise ConfigError(
                 f"preprocess.image_size {self.preprocess.image_size} is not the model's "

@@ -94,6 +94,11 @@ def _problem(bundle: Bundle, name: Name, classifier: Any) -> str:
     if getattr(bundle.model, needed) is None:
         fix = "load it with tower='both', or export only the other tower"
         return absence(needed, getattr(bundle.config, needed), bundle.name, fix)
+    if needed == "vision" and bundle.config.vision.video_frames is not None:
+        return (
+            f"{bundle.name} takes videos, and an exported program takes images: export only its "
+            "text tower, or an image model"
+        )
     if needed == "vision" and bundle.preprocess.config.resize == "naflex":
         return (
             f"{bundle.name} takes images of any aspect (NaFlex), and an exported program takes "

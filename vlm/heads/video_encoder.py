@@ -9,7 +9,7 @@ from jaxtyping import Float32
 from vlm.bundle import Bundle
 from vlm.heads.encoder import Rule
 from vlm.inputs.opening import OnError
-from vlm.video import frames_of
+from vlm.video import frames_of, has_prompts
 
 
 class VideoEncoder:
@@ -37,6 +37,7 @@ class VideoEncoder:
         self.logit_scale, self.logit_bias = model.logit_scale, model.logit_bias
         self.fingerprint, self.source = model.fingerprint, model.source
         self.preprocess, self.embed_dim = model.preprocess, model.embed_dim
+        self.prompts_by_video = has_prompts(model)
 
     def encode_image(
         self,

@@ -221,6 +221,11 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         other_label: Sequence[str] | str | None = None,
         multi_label: bool = False,
     ):
+        if getattr(model, "prompts_by_video", False):
+            raise ConfigError(
+                f"text embeddings of {model.name} depend on the video: compare videos and texts "
+                "with Bundle.video_logits(videos, texts)"
+            )
         templates = choose_templates(templates, model)
         self.model, self.multi_label, self.temperature = model, multi_label, 1.0
         leaves, self.groups = leaves_of(labels, templates)

@@ -44,12 +44,15 @@ class DualEncoder(nnx.Module):
 
     def encode_image(
         self,
-        images: Float[Array, "b h w 3"] | Patches,
+        images: Float[Array, "b *f h w 3"] | Patches,
         *,
         keys: Key[Array, " b"] | None = None,
         intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
-        """Map normalised images to unit-norm float32 embeddings; fill `intermediates`."""
+        """Map normalised images to unit-norm float32 embeddings; fill `intermediates`.
+
+        A tower of videos takes (b, frames, h, w, 3).
+        """
         return self._embed("vision", images, keys=keys, intermediates=intermediates)
 
     def encode_text(

@@ -19,8 +19,9 @@ from vlm.config import (
     VisionTowerConfig,
     ViTaminConfig,
     ViTConfig,
+    XCLIPConfig,
 )
-from vlm.models import convnext, efficientnet, fastvit, resnet, text, vit, vitamin
+from vlm.models import convnext, efficientnet, fastvit, resnet, text, vit, vitamin, xclip
 from vlm.models.modules import module_flops, module_tower
 from vlm.nn.transformer import Execution
 
@@ -32,6 +33,7 @@ _KINDS = {
     ViTaminConfig: (vitamin.ViTaminTower, vitamin.flops),
     FastViTConfig: (fastvit.FastViTTower, fastvit.flops),
     EfficientNetConfig: (efficientnet.EfficientNetTower, efficientnet.flops),
+    XCLIPConfig: (xclip.XCLIPTower, xclip.flops),
 }
 
 

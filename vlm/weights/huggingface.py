@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from vlm.config import Activation, ModelConfig, PreprocessConfig, TextConfig, ViTConfig
+from vlm.config import Activation, ModelConfig, PreprocessConfig, TextConfig, ViTConfig, XCLIPConfig
 from vlm.errors import CheckpointError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.checkpoint import Checkpoint, weights
@@ -253,7 +253,7 @@ def tower_options(values: dict[str, Any], where: str) -> dict[str, Any]:
     return {ours: values[theirs] for theirs, ours in names.items()} | {"activation": activation}
 
 
-def tower_values(c: ViTConfig | TextConfig) -> dict[str, Any]:
+def tower_values(c: ViTConfig | XCLIPConfig | TextConfig) -> dict[str, Any]:
     """Sizes, activation and epsilon of one of our towers, as fields of transformers."""
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}
     sizes = {theirs: getattr(c, ours) for theirs, ours in _SIZES.items()}

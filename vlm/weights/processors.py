@@ -59,7 +59,8 @@ _PROCESSORS = (
     "Fgclip2ImageProcessor", "EfficientNetImageProcessor", "Tipsv2ImageProcessor",
     "ViTImageProcessor", "ViTFeatureExtractor", "BitImageProcessor", "DINOv3ViTImageProcessor",
     "BlipImageProcessor", "OwlViTImageProcessor", "OwlViTFeatureExtractor", "FlavaImageProcessor",
-    "FlavaFeatureExtractor", "Owlv2ImageProcessor",
+    "FlavaFeatureExtractor", "Owlv2ImageProcessor", "VideoMAEImageProcessor",
+    "VideoMAEFeatureExtractor",
 )  # fmt: skip
 PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
@@ -89,7 +90,7 @@ def huggingface_preprocess(
     factor = number(values.get("rescale_factor", 1 / 255), f"{where}: rescale_factor", above=0.0)
     if abs(factor * 255 - 1) > 1e-6 and not efficient:
         raise CheckpointError(f"{where} has rescale_factor {factor!r}: vlm supports only 1/255")
-    bilinear = naflex or tips or name.startswith(("ViT", "DINOv3"))
+    bilinear = naflex or tips or name.startswith(("ViT", "DINOv3", "VideoMAE"))
     resample = values.get("resample", 2 if bilinear else 3)
     kernel = PIL_RESAMPLE.get(resample) if type(resample) is int else None
     if kernel is None:
@@ -97,7 +98,7 @@ def huggingface_preprocess(
             f"{where} has resample {brief(resample)}: vlm supports "
             + ", ".join(f"{number} ({name})" for number, name in PIL_RESAMPLE.items())
         )
-    family = "crop" if "CLIP" in name or name.startswith("Bit") else "squash"
+    family = "crop" if "CLIP" in name or name.startswith(("Bit", "VideoMAE")) else "squash"
     common = {
         "kernel": kernel,
         "backend": "tensor" if name.endswith("Fast") or tips or dinov3 else "pillow",
@@ -108,6 +109,7 @@ def huggingface_preprocess(
         common["mean"], common["std"] = _efficientnet(values, factor, where)
     elif _on(values, "do_normalize", not tips, where):
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
+        fallback = ((0.5,) * 3, (0.5,) * 3) if name.startswith("VideoMAE") else fallback
         fallback = (IMAGENET_MEAN, IMAGENET_STD) if dinov3 else fallback
         clip = name.startswith(("Blip", "OwlViT", "Owlv2", "Flava"))
         fallback = (CLIP_MEAN, CLIP_STD) if clip else fallback

@@ -24,6 +24,7 @@ from vlm.weights import (
     one_tower,
     tipsv2,
     vision_text,
+    xclip,
 )
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.fields import choice, read_json
@@ -40,6 +41,7 @@ FAMILIES = (
     blip,
     aimv2,
     flava,
+    xclip,
 )
 _READERS: dict[str, ModuleType] = {
     name: family for family in FAMILIES for name in family.MODEL_TYPES

@@ -4,11 +4,18 @@ from typing import Any
 
 from etils import epath
 
-from vlm.config import EfficientNetConfig, ModelConfig, NoTextConfig, PreprocessConfig, ViTConfig
+from vlm.config import (
+    EfficientNetConfig,
+    ModelConfig,
+    NoTextConfig,
+    PreprocessConfig,
+    ViTConfig,
+    XCLIPConfig,
+)
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import huggingface
+from vlm.weights import huggingface, xclip
 from vlm.weights import writing_parts as parts
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import flat_arrays, write
@@ -52,6 +59,10 @@ def write_huggingface(
     if isinstance(config.vision, EfficientNetConfig):
         values, tensors = align_config(config, tokenizer), align_tensors(model)
         processor = align_preprocess(preprocess.config)
+    elif isinstance(config.vision, XCLIPConfig):
+        values, tensors = xclip.values_of(config, tokenizer), write(model, xclip.rules())
+        processor = _preprocess(preprocess.config, "xclip", "VideoMAEImageProcessor")
+        settings = {}
     elif is_aimv2(config):
         values, tensors = aimv2_config(model, tokenizer), aimv2_tensors(model)
         processor = _preprocess(preprocess.config, "clip")

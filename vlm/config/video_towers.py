@@ -1,0 +1,78 @@
+"""Configs of the vision towers that take videos."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from vlm.config.base import VisionTower
+from vlm.config.bounds import check_heads
+from vlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class XCLIPConfig(VisionTower):
+    """X-CLIP's vision tower, with prompts of texts that depend on the video (arXiv:2208.02816).
+
+    Args:
+        frames: Number of frames of a video.
+        image_size: Side of the square frames, in pixels.
+        patch_size: Side of a patch, in pixels.
+        width: Width of the tokens in the blocks of a frame.
+        depth: Number of those blocks. In each, the frames exchange a message.
+        heads: Number of attention heads of those blocks.
+        mlp_dim: Width of the hidden layer of a block's MLP.
+        frame_depth: Number of blocks over the frames' embeddings.
+        frame_heads: Number of attention heads of those blocks.
+        frame_mlp_dim: Width of the hidden layer of their MLPs.
+        prompt_depth: Number of blocks that add a video's features to a text.
+        prompt_heads: Number of attention heads of those blocks.
+        activation: Activation of the MLPs.
+        norm_eps: Epsilon of the layer norms.
+
+    Example:
+        >>> from vlm.config import XCLIPConfig
+        >>> XCLIPConfig(frames=16).video_frames
+        16
+    """
+
+    kind: ClassVar[str] = "xclip"
+    attends: ClassVar[bool] = True
+
+    frames: int = 8
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_dim: int = 3072
+    frame_depth: int = 1
+    frame_heads: int = 8
+    frame_mlp_dim: int = 2048
+    prompt_depth: int = 2
+    prompt_heads: int = 8
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu"] = "quick_gelu"
+    norm_eps: float = 1e-5
+
+    def check(self):
+        check_heads(self)
+        super().check()
+
+    @property
+    def video_frames(self) -> int:
+        return self.frames
+
+    @property
+    def one_size(self) -> str:
+        return "tower of videos"
+
+    def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
+        """Number of tokens of a frame: its patches, a class token and a message."""
+        return ((image_size or self.image_size) // self.patch_size) ** 2 + 2
+
+    def check_space(self, embed_dim: int) -> None:
+        """Raise a ConfigError if the tower cannot embed into `embed_dim` dimensions."""
+        for name in ("frame_heads", "prompt_heads"):
+            if embed_dim % getattr(self, name):
+                raise ConfigError(
+                    f"XCLIPConfig.{name} {getattr(self, name)} does not divide embed_dim "
+                    f"{embed_dim}: choose one that does"
+                )
