@@ -25,7 +25,6 @@ class XCLIPConfig(VisionTower):
         frame_mlp_dim: Width of the hidden layer of their MLPs.
         prompt_depth: Number of blocks that add a video's features to a text.
         prompt_heads: Number of attention heads of those blocks.
-        activation: Activation of the MLPs.
         norm_eps: Epsilon of the layer norms.
 
     Example:
@@ -36,6 +35,7 @@ class XCLIPConfig(VisionTower):
 
     kind: ClassVar[str] = "xclip"
     attends: ClassVar[bool] = True
+    activation: ClassVar[Literal["quick_gelu"]] = "quick_gelu"  # of all published models
 
     frames: int = 8
     image_size: int = 224
@@ -49,7 +49,6 @@ class XCLIPConfig(VisionTower):
     frame_mlp_dim: int = 2048
     prompt_depth: int = 2
     prompt_heads: int = 8
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu"] = "quick_gelu"
     norm_eps: float = 1e-5
 
     def check(self):

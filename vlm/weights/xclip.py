@@ -49,7 +49,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     alike = {
         "vision_config.mit_hidden_size": (vision["mit_hidden_size"], embed_dim, "projection_dim"),
         "prompt_hidden_act": (
-            choice(model["prompt_hidden_act"], huggingface.ACTIVATIONS, f"{where}: act"),
+            model["prompt_hidden_act"],
             vision["hidden_act"],
             "vision_config.hidden_act",
         ),
@@ -64,6 +64,8 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
             raise CheckpointError(
                 f"{where}: {name} is {value!r}, and {like} is {wanted!r}: vlm supports equal ones"
             )
+    choice(vision["hidden_act"], (XCLIPConfig.activation,), f"{where}: vision_config.hidden_act")
+    del options["activation"]
     options |= {ours: vision[theirs] for theirs, (ours, _) in _VISION.items()}
     options |= {ours: model[theirs] for theirs, (ours, _) in _MODEL.items()}
     tower = huggingface.clip_text(text, "clip", f"{where}: text_config")

@@ -101,6 +101,12 @@ def test_text_prompts_of_xclip_depend_on_the_video(tmp_path):
         ("video_xclip", None, {"projection_dim": 12}, "mit_hidden_size is 24, and projection_dim"),
         ("video_xclip", None, {"prompt_hidden_act": "gelu"}, "prompt_hidden_act is 'gelu', and"),
         ("video_xclip", "text_config", {"layer_norm_eps": 1e-6}, "text_config.layer_norm_eps is"),
+        (
+            "video_xclip",
+            "vision_config",
+            {"hidden_act": "relu"},
+            "prompt_hidden_act is 'quick",
+        ),
         ("video_xclip", None, {"prompt_layers": 3}, "missing from the file"),
         ("video_xclip", None, {"prompt_num_attention_heads": 5}, "prompt_heads 5 does not divide"),
         ("video_xclip", "vision_config", {"num_frames": 8}, "of another shape"),
