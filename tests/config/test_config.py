@@ -17,6 +17,8 @@ from vlm.config import (
     ModelConfig,
     OptimizerConfig,
     ResNetConfig,
+    ResNetV1Config,
+    SwinConfig,
     TextConfig,
     TokenizerConfig,
     ViTaminConfig,
@@ -87,7 +89,7 @@ RESNET = ResNetConfig(image_size=64, depths=(1, 2), width=8, heads=4)
 
 KINDS = [
     ViTConfig(pool="class"), FASTVIT, RESNET, ConvNeXtConfig(), ViTaminConfig(),
-    EfficientNetConfig(),
+    EfficientNetConfig(), SwinConfig(), ResNetV1Config(projection="linear"),
 ]  # fmt: skip
 
 

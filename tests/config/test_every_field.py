@@ -22,6 +22,7 @@ from vlm.config import (
     DataConfig,
     DistillConfig,
     EfficientNetConfig,
+    EncoderTextConfig,
     EvalConfig,
     Experiment,
     FastViTConfig,
@@ -31,7 +32,9 @@ from vlm.config import (
     OptimizerConfig,
     PreprocessConfig,
     ResNetConfig,
+    ResNetV1Config,
     SelectionConfig,
+    SwinConfig,
     TextConfig,
     TokenizerConfig,
     ViTaminConfig,
@@ -49,11 +52,14 @@ TOWERS = (
     EfficientNetConfig(image_size=256),
     ResNetConfig(image_size=256),
     FastViTConfig(8, (FastViTStage(1, 8, 8, halve=False),), width=8, squeeze=4),
+    SwinConfig(image_size=256),
+    ResNetV1Config(image_size=256),
 )
+TEXTS = (TextConfig(projection="linear"), EncoderTextConfig())
 # Experiments in which every class of config has a place.
 EXPERIMENTS = [
     Experiment(
-        model=ModelConfig(tower, TextConfig(projection="linear")),
+        model=ModelConfig(tower, text),
         preprocess=PreprocessConfig(image_size=256),
         tokenizer=TokenizerConfig(),
         data=DataConfig(mixture=(MixturePart("a.tar"),)),
@@ -62,7 +68,7 @@ EXPERIMENTS = [
         distill=DistillConfig("teacher/"),
         selection=SelectionConfig(),
     )
-    for tower in TOWERS
+    for tower, text in [(tower, TEXTS[0]) for tower in TOWERS] + [(TOWERS[0], TEXTS[1])]
 ]
 
 

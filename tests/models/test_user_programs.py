@@ -15,17 +15,20 @@ from vlm.config import (
     ConvNeXtConfig,
     EfficientNetConfig,
     EfficientNetStage,
+    EncoderTextConfig,
     FastViTConfig,
     FastViTStage,
     ModelConfig,
     ResNetConfig,
+    ResNetV1Config,
+    SwinConfig,
     TextConfig,
     ViTaminConfig,
     ViTConfig,
 )
 from vlm.losses import contrastive_loss
 from vlm.models import DualEncoder, adapters, vision_tower
-from vlm.models.text import TextTower
+from vlm.models.towers import text_tower
 from vlm.nn import Attention, ConvStem, Execution, MapPool, Mlp, Patches, QueryPool
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.lora import AdapterParam
@@ -34,6 +37,7 @@ B, EMBED = 8, 8
 BLOCKS = {"width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
 VIT = {"image_size": 16, "patch_size": 8, "projection": "linear", **BLOCKS}
 TEXT = {"vocab_size": 48, "context_length": 8, "projection": "linear", **BLOCKS}
+ENCODER = TEXT | {"head_dim": 8}
 TOWERS = {
     "vit": ViTConfig(**VIT, pool="class", registers=1, patch_dropout=0.5, dropout=0.1),
     "map": ViTConfig(**VIT, pool="map"),
@@ -56,7 +60,13 @@ TOWERS = {
         stem_width=4,
         stages=(EfficientNetStage(1, 4, expand=1, halve=False), EfficientNetStage(2, 8)),
     ),
+    "swin": SwinConfig(16, (2, 2), (8, 16), (2, 2), (8, 8), window=3),
+    "resnet_v1": ResNetV1Config(16, (1, 2), stem_width=16, pool="attention"),
     "mean": TextConfig(**TEXT, pool="mean", pad_id=0, dropout=0.1),
+    "modernbert": EncoderTextConfig(**ENCODER, window=2, global_every=2, dropout=0.1),
+    "t5": EncoderTextConfig(
+        **ENCODER, positions="relative", buckets=8, max_distance=16, pool="mean"
+    ),
     "end": TextConfig(**TEXT, pool="end", end_id=3, causal=True),
 }
 SHORT = ("vit", "end")  # of the tests that are not of every kind
@@ -70,14 +80,14 @@ def _all_parameters_are_sharded(monkeypatch):
 
 def make(name):
     config, options = TOWERS[name], {"execution": Execution(), "rngs": nnx.Rngs(0)}
-    if isinstance(config, TextConfig):
-        return TextTower(config, EMBED, **options)
+    if isinstance(config, TextConfig | EncoderTextConfig):
+        return text_tower(config, EMBED, **options)
     return vision_tower(config, EMBED, **options)
 
 
 def inputs(name):
     rng = np.random.default_rng(0)
-    if isinstance(TOWERS[name], TextConfig):
+    if isinstance(TOWERS[name], TextConfig | EncoderTextConfig):
         tokens = rng.integers(4, 48, (B, 8)).astype(np.int32)
         tokens[:, 5:] = 3, 0, 0
         return jnp.asarray(tokens)

@@ -22,9 +22,9 @@ from open_clip import hf_model
 from open_clip import model as oc_model
 from open_clip.coca_model import CoCa
 
-from vlm.config import FastViTConfig
+from vlm.config import EncoderTextConfig, FastViTConfig
 from vlm.errors import CheckpointError, ConfigError
-from vlm.weights import fastvit, text_encoders
+from vlm.weights import encoders, fastvit, text_encoders
 from vlm.weights import open_clip as ours
 from vlm.weights import timm as timm_vit
 from vlm.weights.files import Arrays
@@ -49,8 +49,9 @@ ENCODERS = {
     ),
     "bert-base-uncased": transformers.BertConfig(),
     "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract": transformers.BertConfig(),
-    "google/mt5-base": transformers.MT5Config(d_model=768, num_heads=12),
-    "google/mt5-xl": transformers.MT5Config(d_model=2048, num_heads=32),
+    "google/mt5-base": transformers.MT5Config(d_model=768, num_heads=12, d_ff=2048, num_layers=12),
+    "google/mt5-xl": transformers.MT5Config(d_model=2048, num_heads=32, d_ff=5120, num_layers=24),
+    "Alibaba-NLP/gte-modernbert-base": transformers.ModernBertConfig(),
 }
 
 
@@ -73,6 +74,8 @@ def shallow(create, name: str, **options):
         options["depths"] = (1, 1, 1, 1)
     elif name.startswith("fastvit"):
         options["layers"] = (1,) * (5 if name.endswith(("3", "4")) else 4)
+    elif name.startswith("swin"):
+        options["depths"] = (2, 2, 2, 2)
     elif name.startswith(("vit", "eva", "deit")):
         options["depth"] = 1
     return create(name, **options)
@@ -86,6 +89,10 @@ def encoder(name: str, *, deep: bool):
         layers = {"encoder_layers": 1, "decoder_layers": 1, "num_layers": 1,
                   "num_hidden_layers": 1, "vocab_size": 1000}  # fmt: skip
         known = config.to_dict()
+        if config.model_type == "modernbert":  # a global and a local block; small ids
+            layers |= {"num_hidden_layers": 2, "layer_types": None, "bos_token_id": 1,
+                       "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+                       "pad_token_id": 0}  # fmt: skip
         config = type(config)(**(known | {k: v for k, v in layers.items() if k in known}))
     else:
         config.decoder_layers = 1
@@ -118,7 +125,9 @@ def described(config: dict, tensors) -> tuple:
         name = config["vision_cfg"]["timm_model_name"]
         tensors = fastvit.Fused(tensors, model.vision, name)
     tensors = timm_vit.with_biases(tensors)
-    if text_encoders.reads(tensors.shapes):
+    if isinstance(model.text, EncoderTextConfig):
+        tensors = encoders.fold(tensors, model.text)
+    elif text_encoders.reads(tensors.shapes):
         tensors = text_encoders.fold(tensors, model.text)
     return model, ours.rules(model, tensors.shapes), tensors
 

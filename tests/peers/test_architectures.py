@@ -70,6 +70,40 @@ TOWERS = {
         {"timm_model_name": "vit_betwixt_patch16_reg4_gap_256", "image_size": 256}, {}
     ),
     "siglip": ({"timm_model_name": "vit_base_patch16_siglip_224", "timm_proj": "mlp"}, {}),
+    "swin": (
+        {"timm_model_name": "swin_tiny_patch4_window7_224", "timm_pool": "avg", "timm_proj": None},
+        {"hf_model_name": "google/mt5-base", "hf_pooler_type": "mean_pooler"},
+    ),
+    "resnet": (
+        {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj_bias": True,
+         "image_size": 65},
+        {"hf_model_name": "google/mt5-base", "hf_proj_type": "linear",
+         "hf_pooler_type": "cls_pooler"},
+    ),
+    "resnet_attention": (
+        {"timm_model_name": "resnet50", "timm_pool": "abs_attn", "timm_proj": None}, {}
+    ),
+    "efficientnet": (
+        {"timm_model_name": "efficientnet_b2", "timm_proj": "mlp", "image_size": 97}, {}
+    ),
+    "efficientnet_tensorflow": (
+        {"timm_model_name": "tf_efficientnet_b1", "timm_pool": "rot_attn", "timm_proj": None,
+         "image_size": 75},
+        {},
+    ),
+    "convnext_attention": (
+        {"timm_model_name": "convnext_tiny", "timm_pool": "abs_attn", "timm_proj": "linear"}, {}
+    ),
+    "convnext_rotary": (
+        {"timm_model_name": "convnext_tiny", "timm_pool": "rot_attn", "timm_proj": None,
+         "image_size": 96},
+        {},
+    ),
+    "convnext_head": (
+        {"timm_model_name": "convnext_tiny", "timm_pool": "avg", "timm_proj": None,
+         "image_size": 96},
+        {},
+    ),
     "siglip_gap": (
         {"timm_model_name": "vit_base_patch16_siglip_gap_224", "timm_pool": "avg",
          "timm_proj": None},

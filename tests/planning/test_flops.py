@@ -17,6 +17,8 @@ from vlm.config import (
     FastViTConfig,
     FastViTStage,
     MeshConfig,
+    ResNetV1Config,
+    SwinConfig,
     ViTaminConfig,
     ViTConfig,
 )
@@ -142,6 +144,10 @@ STAGES = (FastViTStage(1, 8, 12, halve=False), FastViTStage(2, 32, 40, 2, True, 
 EFFICIENT = (EfficientNetStage(1, 8, 1), EfficientNetStage(2, 12, 3, 5, halve=True, symmetric=True))
 TOWERS = [
     EfficientNetConfig(30, 16, EFFICIENT),
+    EfficientNetConfig(30, 16, EFFICIENT, head_width=64, symmetric=True, pool="attention"),
+    SwinConfig(44, (2, 2), (8, 16), (2, 4), (16, 20), window=3, projection="mlp_bias"),
+    ResNetV1Config(44, (1, 2), stem_width=8),
+    ResNetV1Config(44, (2, 1), stem_width=32, bottleneck=False, pool="rotary_attention"),
     FastViTConfig(8, STAGES, width=64, squeeze=4, image_size=30),
     ConvNeXtConfig(44, (1, 2, 1), (8, 16, 24), (16, 20, 40), projection="mlp"),
     ViTaminConfig(48, 8, (8, 16), (2, 1), width=24, depth=2, heads=3, mlp_dim=20),

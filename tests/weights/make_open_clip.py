@@ -20,17 +20,20 @@ import transformers
 from make_huggingface import TEXTS, images, randomise, small_vocabulary
 from open_clip import model as oc_model
 from open_clip.coca_model import CoCa
+from open_clip.hf_configs import arch_dict
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from timm.data import create_transform
 from timm.data.naflex_dataset import NaFlexCollator
-from timm.layers import HybridEmbed, LayerNorm, LayerNorm2d, Mlp
+from timm.layers import AttentionPool2d, HybridEmbed, LayerNorm, LayerNorm2d, Mlp
 from timm.models import vitamin
 from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.fastvit import FastVit, RepConditionalPosEnc
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.resnet import Bottleneck, ResNet
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from tokenizers import processors
@@ -193,6 +196,33 @@ CASES = {
         "text_cfg": {"hf_model_name": "bert-base-uncased", "hf_tokenizer_name": "here",
                      "hf_proj_type": None, "hf_pooler_type": "cls_pooler", "context_length": 12},
     },
+    # Windows that are shifted and padded, and a ResNet with attention over its positions.
+    "oc_swin": {
+        "embed_dim": 20,
+        "vision_cfg": trunk("swin_tiny_patch4_window7_224", "", "linear", 40),
+        "text_cfg": TEXT,
+    },
+    "oc_resnet_v1": {
+        "embed_dim": 20,
+        "vision_cfg": trunk("resnet50", "abs_attn", None, 64),
+        "text_cfg": TEXT,
+    },
+    # ModernBERT with local attention, and mT5's encoder.
+    "oc_modernbert": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": {"hf_model_name": "here/modernbert", "hf_tokenizer_name": "here",
+                     "hf_pooler_type": "cls_pooler", "hf_proj_type": "linear",
+                     "context_length": 12},
+    },
+    "oc_mt5": {
+        "embed_dim": 20,
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": {"hf_model_name": "google/mt5-base", "hf_tokenizer_name": "here",
+                     "hf_pooler_type": "mean_pooler", "context_length": 12},
+    },
     "oc_nllb": {
         "embed_dim": 20,
         "custom_text": True,
@@ -217,7 +247,8 @@ SEEDS = {"oc_vit": 10, "oc_quick": 11, "oc_mean": 12, "oc_siglip": 13, "oc_pe": 
          "oc_timm_clip": 18, "oc_convnext": 19, "oc_convnext_mlp": 20, "oc_eva01": 21,
          "oc_eva02": 22, "oc_eva02_enormous": 23, "oc_vitamin": 24, "oc_mobileclip_b": 25,
          "oc_xlm_roberta": 26, "oc_nllb": 27, "oc_biomed": 28, "oc_bert": 29,
-         "oc_naflex": 30}  # fmt: skip
+         "oc_naflex": 30, "oc_swin": 31, "oc_resnet_v1": 32, "oc_modernbert": 33,
+         "oc_mt5": 34}  # fmt: skip
 PREPROCESS = {
     "oc_siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
                   "resize_mode": "squash"},
@@ -256,6 +287,9 @@ def head(config: dict) -> OrderedDict:
     projection = config["vision_cfg"]["timm_proj"]
     name, embed_dim = config["vision_cfg"]["timm_model_name"], config["embed_dim"]
     width = 30 if "vitamin" in name else 24 if name.startswith("vit_") else 32
+    width = 16 if "swin" in name else width
+    if "resnet" in name:
+        return OrderedDict(pool=AttentionPool2d(128, feat_size=2, out_features=embed_dim))
     if projection == "linear":
         return OrderedDict(drop=nn.Dropout(0.0), proj=nn.Linear(width, embed_dim, bias=False))
     if projection == "mlp":
@@ -295,6 +329,19 @@ def small_trunk(name: str) -> torch.nn.Module:
         more = {"norm_eps": 1e-5} if "xxlarge" in name else {}
         return ConvNeXt(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), num_classes=0,
                         ls_init_value=0.1, **more)  # fmt: skip
+    if "swin" in name:
+        return SwinTransformer(
+            img_size=40, window_size=3, embed_dim=8, depths=(2, 4), num_heads=(2, 4), mlp_ratio=1.5,
+            num_classes=0,
+        )  # fmt: skip
+    if "resnet" in name:
+        model = ResNet(Bottleneck, (1, 2, 1, 1), channels=(4, 8, 16, 32), num_classes=0,
+                       global_pool="")  # fmt: skip
+        # timm's stem has 64 channels.
+        model.conv1, model.bn1 = nn.Conv2d(3, 4, 7, 2, 3, bias=False), nn.BatchNorm2d(4)
+        model.layer1[0].conv1 = nn.Conv2d(4, 4, 1, bias=False)
+        model.layer1[0].downsample[0] = nn.Conv2d(4, 16, 1, bias=False)
+        return model
     if "vitamin" in name:
         cfg = vitamin.VitCfg(embed_dim=(8, 16, 30), depths=(2, 1, 1), stem_width=8)
         embed = functools.partial(HybridEmbed, backbone=vitamin.MbConvStages(cfg=cfg), proj=False)
@@ -339,6 +386,21 @@ def text_encoder(name: str, config: dict) -> HFTextEncoder:
             num_attention_heads=12, intermediate_size=34, max_position_embeddings=20,
             type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1,
         )  # fmt: skip
+    elif "modernbert" in name:
+        small = transformers.ModernBertConfig(
+            vocab_size=text["vocab_size"], hidden_size=24, num_hidden_layers=4,
+            num_attention_heads=3, intermediate_size=34, local_attention=6, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+        )  # fmt: skip
+        # As in open_clip's main branch.
+        names = {"width": "hidden_size", "layers": "num_hidden_layers"}
+        arch_dict["modernbert"] = {"config_names": names, "pooler": "mean_pooler"}
+    elif "mt5" in name:
+        small = transformers.MT5Config(
+            vocab_size=text["vocab_size"], d_model=24, num_layers=2, num_decoder_layers=1,
+            num_heads=3, d_kv=6, d_ff=34, pad_token_id=1, relative_attention_max_distance=12,
+            relative_attention_num_buckets=8,
+        )  # fmt: skip
     elif "bert" in name.lower():
         small = transformers.BertConfig(
             vocab_size=text["vocab_size"], hidden_size=24, num_hidden_layers=2,
@@ -353,7 +415,7 @@ def text_encoder(name: str, config: dict) -> HFTextEncoder:
     encoder = HFTextEncoder(
         name, config["embed_dim"], small, text["hf_pooler_type"], text.get("hf_proj_type", "mlp")
     )
-    if "nllb" in name:
+    if "nllb" in name or "mt5" in name:
         encoder.transformer = encoder.transformer.encoder
     elif text["hf_pooler_type"] != "cls_pooler":
         encoder.transformer.pooler = None
@@ -482,6 +544,8 @@ def main(names: list[str]) -> None:
         model = build(config).eval()
         randomise(model, seed)
         random_statistics(model, seed)
+        if name in ("oc_modernbert", "oc_mt5"):
+            model.text.config.to_json_file(folder / "config.json")
         preprocess = PREPROCESS.get(name, {})
         description = {"model_cfg": config, "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(description, indent=2))
@@ -535,4 +599,5 @@ def main(names: list[str]) -> None:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     main(sys.argv[1:])
-    timm_towers()
+    if not sys.argv[1:]:
+        timm_towers()

@@ -50,14 +50,15 @@ def with_tensors(name: str, folder: pathlib.Path, change) -> pathlib.Path:
 @pytest.mark.parametrize(
     ("name", "tower", "fields", "message"),
     [
-        ("oc_convnext", "vision_cfg", {"timm_model_name": "swin_tiny"}, "'swin_tiny' is not one"),
+        ("oc_convnext", "vision_cfg", {"timm_model_name": "maxvit_tiny"}, "'maxvit_tiny' is not"),
         ("oc_convnext", "vision_cfg", {"timm_proj": "conv"}, "timm_proj 'conv'"),
         ("oc_convnext", "vision_cfg", {"timm_model_name": "vitamin_base_224"}, "not those of timm"),
         ("oc_eva02", "vision_cfg", {"timm_pool": "avg"}, "timm_pool 'avg'"),
         ("oc_eva02", "vision_cfg", {"timm_model_name": "eva_giant_patch14_224"}, "not those of"),
         ("oc_vitamin", "vision_cfg", {"timm_pool": "map"}, "timm_pool 'map'"),
         ("oc_mobileclip_b", "vision_cfg", {"timm_proj": "linear"}, "timm_proj 'linear'"),
-        ("oc_nllb", "text_cfg", {"hf_model_name": "google/mt5-base"}, "put the config.json of"),
+        ("oc_nllb", "text_cfg", {"hf_model_name": "google/mt5-base"}, "not those of 'mt5-base'"),
+        ("oc_nllb", "text_cfg", {"hf_model_name": "x/gpt2"}, "put the config.json of"),
         ("oc_nllb", "text_cfg", {"hf_pooler_type": "last_pooler"}, "pooler_type is 'last_pooler'"),
         (
             "oc_xlm_roberta",

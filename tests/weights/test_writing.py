@@ -23,7 +23,7 @@ from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import convnext, eva, mobileclip, text_encoders, timm, vitamin
+from vlm.weights import convnext, eva, mobileclip, resnet_v1, swin, text_encoders, timm, vitamin
 from vlm.weights.huggingface import CLIP_RULES
 from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import flat_arrays, flat_shapes, write
@@ -115,6 +115,7 @@ def test_timms_towers_there_and_back(name, tmp_path, monkeypatch):
 NAMED = {
     "oc_convnext": convnext, "oc_convnext_mlp": convnext, "oc_eva01": eva, "oc_eva02": eva,
     "oc_eva02_enormous": eva, "oc_vitamin": vitamin, "oc_mobileclip_b": mobileclip,
+    "oc_swin": swin, "oc_resnet_v1": resnet_v1,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from vlm.config.data import FieldFilter as FieldFilter
 from vlm.config.data import MixturePart as MixturePart
 from vlm.config.efficientnet import EfficientNetConfig as EfficientNetConfig
 from vlm.config.efficientnet import EfficientNetStage as EfficientNetStage
+from vlm.config.encoders import EncoderTextConfig as EncoderTextConfig
 from vlm.config.evaluation import EvalConfig as EvalConfig
 from vlm.config.files import check_types as check_types
 from vlm.config.files import from_dict as from_dict
@@ -48,7 +49,9 @@ from vlm.config.phases import in_phase as in_phase
 from vlm.config.placeholders import require_bucket as require_bucket
 from vlm.config.placeholders import with_bucket as with_bucket
 from vlm.config.placeholders import without_evals as without_evals
+from vlm.config.resnet_v1 import ResNetV1Config as ResNetV1Config
 from vlm.config.selection import SelectionConfig as SelectionConfig
+from vlm.config.swin import SwinConfig as SwinConfig
 from vlm.config.towers import Activation as Activation
 from vlm.config.towers import ConvNeXtConfig as ConvNeXtConfig
 from vlm.config.towers import FastViTConfig as FastViTConfig

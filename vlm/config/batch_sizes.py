@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+from vlm.config.encoders import EncoderTextConfig
 from vlm.config.model import TextConfig, TextTowerConfig
 from vlm.errors import ConfigError
 
@@ -119,7 +120,7 @@ def check_text_lengths(experiment: Any, text: TextTowerConfig) -> None:
             f"text_lengths has {max(e.text_lengths)} tokens, and the context is "
             f"{text.context_length}, which is always a length: choose shorter ones"
         )
-    if not isinstance(text, TextConfig) or not text.ignores_padding:
+    if not isinstance(text, TextConfig | EncoderTextConfig) or not text.ignores_padding:
         why = "is a module of your own"
         if isinstance(text, TextConfig):
             why = f'pools "{text.pool}" and '

@@ -38,6 +38,7 @@ _INTEGERS = _by_field(
     {
         Bounds(0, 2**18): (
             "mlp_dim", "registers", "rotary", "rank", "FastViTStage.heads", "FastViTStage.squeeze",
+            "head_width",
         ),
         Bounds(0, 1_000): ("depth",),
         Bounds(1, 1_000): ("EfficientNetStage.depth", "depths", "conv_depths"),
@@ -86,7 +87,7 @@ _FLOATS = _by_field(
         Bounds(0, 1e9): ("alpha", "weight", "caption_weights", "task", "relations", "features"),
         Bounds(0, 1e9, open_low=True): (
             "init_scale", "epochs", "temperature", "mixture_temperature", "eps", "clip_norm",
-            "max_scale", "seconds", "checkpoint_minutes", "keep_hours",
+            "max_scale", "seconds", "checkpoint_minutes", "keep_hours", "rotary_bases",
         ),
         Bounds(-1e300, 1e300): ("at_least", "at_most", "options"),
     }
@@ -142,8 +143,24 @@ def check_image_size(tower) -> None:
         )
 
 
+# Attention pools of convolutional towers; their last layer projects to the shared space.
+GRID_POOLS = ("attention", "rotary_attention")
+POOL_HEAD = 64  # channels of a head of them
+
+
+def check_grid_pool(tower) -> None:
+    """Raise a ConfigError if the heads of an attention pool do not divide the tower's channels."""
+    if tower.pool in GRID_POOLS and tower.width % POOL_HEAD:
+        raise ConfigError(
+            f"{type(tower).__name__} pools {tower.width} channels by attention, with heads of "
+            f'{POOL_HEAD}: choose a multiple, or pool="mean"'
+        )
+
+
 def check_projection(tower, embed_dim: int) -> None:
     """Raise a ConfigError if a tower has no projection, and another width than `embed_dim`."""
+    if getattr(tower, "pool", "mean") in GRID_POOLS:  # which project
+        return
     if getattr(tower, "projection", None) == "none" and tower.width != embed_dim:
         raise ConfigError(
             f"{type(tower).__name__} has no projection, so its width {tower.width} must equal "

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlm.config.base import Config, VisionTower
+from vlm.config.bounds import check_grid_pool
 from vlm.errors import ConfigError
 
 
@@ -61,9 +62,13 @@ class EfficientNetConfig(VisionTower):
         stem_width: Channels of the stem, a 3x3 convolution of stride 2.
         stages: The stages in order.
         squeeze: Channels of squeeze-and-excitation, as a fraction of the block's input channels.
-        pool: Pooling of each channel: mean or max.
+        pool: Pooling of the positions: mean or max; attention from their mean, with learned
+            positions; or rotary_attention.
         norm_eps: Epsilon of the batch norms.
         projection: Layer from the pooled channels to the shared space.
+        head_width: Channels of a 1x1 convolution after the stages. 0: none, as in ALIGN.
+        symmetric: Pad all sides of the stem equally, as timm does. Otherwise pad no row and column
+            before the image and one after it, as TensorFlow does for even sides.
 
     Example:
         >>> from vlm.config import EfficientNetConfig
@@ -77,13 +82,16 @@ class EfficientNetConfig(VisionTower):
     stem_width: int = 32
     stages: tuple[EfficientNetStage, ...] = _STAGES
     squeeze: float = 0.25
-    pool: Literal["mean", "max"] = "mean"
+    pool: Literal["mean", "max", "attention", "rotary_attention"] = "mean"
     norm_eps: float = 1e-3
-    projection: Literal["none", "linear"] = "linear"
+    projection: Literal["none", "linear", "linear_bias", "mlp_bias"] = "linear"
+    head_width: int = 0
+    symmetric: bool = False
 
     def check(self):
         if not self.stages:
             raise ConfigError("EfficientNetConfig.stages is empty: give one at least")
+        check_grid_pool(self)
         super().check()
 
     @property
@@ -92,12 +100,16 @@ class EfficientNetConfig(VisionTower):
 
     @property
     def width(self) -> int:
-        """Channels of the last stage."""
-        return self.stages[-1].width
+        """Channels that are pooled: those of the last convolution or stage."""
+        return self.head_width or self.stages[-1].width
+
+    @property
+    def one_size(self) -> str | None:
+        return "tower with attention pooling" if self.pool == "attention" else None
 
     def sides(self, image_size: int | None = None) -> list[int]:
         """Numbers of positions along a side after the stem and after each stage."""
-        sides = [(image_size or self.image_size) // 2]
+        sides = [((image_size or self.image_size) + self.symmetric) // 2]
         for stage in self.stages:
             side = sides[-1]
             if stage.halve:

@@ -7,6 +7,7 @@ from vlm.config.absent_towers import NoTextConfig
 from vlm.config.base import Config, kept_tokens
 from vlm.config.bounds import check_activation, check_heads, check_projection
 from vlm.config.code import ImportPath
+from vlm.config.encoders import EncoderTextConfig
 from vlm.config.module_towers import MeshAxis, TextModuleConfig
 from vlm.config.towers import (
     Activation,
@@ -120,7 +121,7 @@ class TextConfig(Config):
 
 
 # All kinds of text towers.
-TextTowerConfig = TextConfig | TextModuleConfig | NoTextConfig
+TextTowerConfig = TextConfig | EncoderTextConfig | TextModuleConfig | NoTextConfig
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,16 @@ class ModelConfig(Config):
         """Config of the text tower, for code that only supports a transformer.
 
         Raises:
-            ConfigError: there is no text tower, or it is a module of the user's own.
+            ConfigError: there is no text tower, or it is one of another kind.
         """
         if isinstance(self.text, NoTextConfig):
             raise ConfigError(
                 "the model has no text tower, which this needs: use a model with both towers"
+            )
+        if isinstance(self.text, EncoderTextConfig):
+            raise ConfigError(
+                "the text tower is a text encoder (vlm.config.EncoderTextConfig), and this needs "
+                "the transformer of vlm.TextConfig: use a model that has one"
             )
         if not isinstance(self.text, TextConfig):
             raise ConfigError(

@@ -5,10 +5,12 @@ from typing import ClassVar, Literal
 
 from vlm.config.absent_towers import NoVisionConfig
 from vlm.config.base import Config, VisionTower
-from vlm.config.bounds import check_activation, check_heads
+from vlm.config.bounds import check_activation, check_grid_pool, check_heads
 from vlm.config.code import ImportPath
 from vlm.config.efficientnet import EfficientNetConfig
 from vlm.config.module_towers import VisionModuleConfig
+from vlm.config.resnet_v1 import ResNetV1Config
+from vlm.config.swin import SwinConfig
 from vlm.config.video_towers import XCLIPConfig
 from vlm.errors import ConfigError
 
@@ -345,8 +347,10 @@ class ConvNeXtConfig(VisionTower):
         widths: Channels of each stage.
         mlp_dims: Width of the hidden layer of the blocks in each stage.
         norm_eps: Epsilon of the layer norms.
-        projection: Layer from the normalised mean to the shared space. mlp: two layers with
-            biases; the hidden width is 2 * embed_dim.
+        projection: Layer from the pooled positions to the shared space. mlp: two layers, the first
+            with a bias; the hidden width is 2 * embed_dim.
+        pool: Pooling of the positions. mean; attention: from their mean, with learned positions, as
+            in OpenAI's ResNets; rotary_attention: the same with rotary positions.
 
     Example:
         >>> from vlm.config import ConvNeXtConfig
@@ -361,7 +365,8 @@ class ConvNeXtConfig(VisionTower):
     widths: tuple[int, ...] = (128, 256, 512, 1024)
     mlp_dims: tuple[int, ...] = (512, 1024, 2048, 4096)
     norm_eps: float = 1e-6
-    projection: Literal["none", "linear", "mlp"] = "linear"
+    projection: Literal["none", "linear", "linear_bias", "mlp"] = "linear"
+    pool: Literal["mean", "attention", "rotary_attention"] = "mean"
 
     def check(self):
         counts = {len(self.depths), len(self.widths), len(self.mlp_dims)}
@@ -370,6 +375,7 @@ class ConvNeXtConfig(VisionTower):
                 f"ConvNeXtConfig has depths {self.depths}, widths {self.widths} and mlp_dims "
                 f"{self.mlp_dims}: give one of each for every stage"
             )
+        check_grid_pool(self)
         super().check()
 
     @property
@@ -380,6 +386,10 @@ class ConvNeXtConfig(VisionTower):
     def width(self) -> int:
         """Channels of the last stage."""
         return self.widths[-1]
+
+    @property
+    def one_size(self) -> str | None:
+        return "tower with attention pooling" if self.pool == "attention" else None
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
         """Number of positions of the last stage."""
@@ -458,6 +468,8 @@ VisionTowerConfig = (
     | ViTaminConfig
     | EfficientNetConfig
     | XCLIPConfig
+    | SwinConfig
+    | ResNetV1Config
     | VisionModuleConfig
     | NoVisionConfig
 )

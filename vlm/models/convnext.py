@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vlm.config import ConvNeXtConfig
-from vlm.models.conv_tower import ConvTower
+from vlm.models.conv_tower import ConvTower, grid_pool, grid_pool_flops
 from vlm.nn.conv import Conv
 from vlm.nn.layers import LayerNorm, Linear, Mlp, by_rows, gelu
 from vlm.nn.patches import PatchConv
@@ -32,16 +32,23 @@ class ConvNeXtTower(ConvTower):
         )
         width = c.widths[-1]
         self.norm = LayerNorm(width, c.norm_eps, rngs=rngs)
+        self.pool = grid_pool(c, width, embed_dim, **options)
+        pooled = width if self.pool is None else embed_dim
         mlp, hidden = c.projection == "mlp", 2 * embed_dim
-        self.hidden = Linear(width, hidden, **options) if mlp else None
-        last, projects = hidden if mlp else width, c.projection != "none"
-        self.projection = Linear(last, embed_dim, use_bias=False, **options) if projects else None
+        self.hidden = Linear(pooled, hidden, **options) if mlp else None
+        last, bias = hidden if mlp else pooled, c.projection == "linear_bias"
+        projects = c.projection != "none"
+        self.projection = Linear(last, embed_dim, use_bias=bias, **options) if projects else None
 
     def _first_layers(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
         return self.stem_norm(self.stem(images))
 
+    def _positions(self, images, keys, intermediates) -> Array:
+        x = super()._positions(images, keys, intermediates)
+        return x if self.pool is None else self.norm(x)
+
     def _embedding(self, x: Float[Array, "*b c"]) -> Float[Array, "*b e"]:
-        x = self.norm(x).astype(self.dtype)
+        x = (self.norm(x) if self.pool is None else x).astype(self.dtype)
         return super()._embedding(x if self.hidden is None else gelu(self.hidden(x)))
 
 
@@ -105,5 +112,12 @@ def flops(config: ConvNeXtConfig, embed_dim: int, *, training: bool = False) -> 
         stages += depth * 2 * size**2 * 49 * width
         mlp += depth * 2 * size**2 * 2 * width * mlp_dim
         inputs = width
-    projection = {"none": 0, "linear": inputs, "mlp": 2 * (inputs + embed_dim)}[c.projection]
-    return {"stem": stem, "stages": stages, "mlp": mlp, "projection": 2 * projection * embed_dim}
+    last = inputs if c.pool == "mean" else embed_dim
+    sizes = {"none": 0, "linear": last, "linear_bias": last, "mlp": 2 * (last + embed_dim)}
+    return {
+        "stem": stem,
+        "stages": stages,
+        "mlp": mlp,
+        "pool": grid_pool_flops(c, inputs, embed_dim),
+        "projection": 2 * sizes[c.projection] * embed_dim,
+    }

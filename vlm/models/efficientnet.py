@@ -1,4 +1,4 @@
-"""EfficientNet (Tan and Le, 2019, arXiv:1905.11946): ALIGN's vision tower (arXiv:2102.05918)."""
+"""EfficientNet (Tan and Le, 2019, arXiv:1905.11946): timm's, and ALIGN's (arXiv:2102.05918)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm.config import EfficientNetConfig, EfficientNetStage
-from vlm.models.conv_tower import ConvTower
+from vlm.models.conv_tower import ConvTower, grid_pool, grid_pool_flops
 from vlm.models.projection import projection, projection_flops
 from vlm.nn.conv import Conv, FrozenBatchNorm, Squeeze
 from vlm.nn.layers import Linear
@@ -22,7 +22,7 @@ class EfficientNetTower(ConvTower):
     ):
         c, options = config, {"dtype": execution.dtype, "rngs": rngs}
         self.config, self.dtype = config, execution.dtype
-        same = {"stride": 2, "depthwise": False, "edges": (0, 1), "use_bias": False}
+        same = {"stride": 2, "depthwise": False, "use_bias": False, "edges": (int(c.symmetric), 1)}
         self.stem = Conv(3, c.stem_width, 3, **same, **options)
         self.stem_norm = FrozenBatchNorm(c.stem_width, eps=c.norm_eps)
         inputs = (c.stem_width, *(stage.width for stage in c.stages[:-1]))
@@ -30,7 +30,18 @@ class EfficientNetTower(ConvTower):
             Stage(i, stage, c.squeeze, norm_eps=c.norm_eps, execution=execution, rngs=rngs)
             for i, stage in zip(inputs, c.stages, strict=True)
         )
-        self.projection = projection(c, c.width, embed_dim, **options)
+        last = c.stages[-1].width
+        self.head = Linear(last, c.head_width, use_bias=False, **options) if c.head_width else None
+        self.head_norm = FrozenBatchNorm(c.width, eps=c.norm_eps) if c.head_width else None
+        self.pool = grid_pool(c, c.width, embed_dim, **options)
+        pooled = c.width if self.pool is None else embed_dim
+        self.projection = projection(c, pooled, embed_dim, **options)
+
+    def _positions(self, images, keys, intermediates) -> Array:
+        x = super()._positions(images, keys, intermediates)
+        if self.head is None or self.head_norm is None:
+            return x
+        return jax.nn.silu(self.head_norm(self.head(x)))
 
     def _first_layers(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
         return jax.nn.silu(self.stem_norm(self.stem(images)))
@@ -129,8 +140,10 @@ def flops(
             stages += 2 * after**2 * inside * (stage.kernel**2 + stage.width)
             stages += 2 * 2 * inside * max(1, int(inputs * c.squeeze))
             inputs, side = stage.width, after
+    last = embed_dim if c.pool.endswith("attention") else c.width
     return {
         "stem": stem,
-        "stages": stages,
-        "projection": projection_flops(c, c.width, embed_dim),
+        "stages": stages + 2 * side**2 * c.stages[-1].width * c.head_width,
+        "pool": grid_pool_flops(c, c.width, embed_dim),
+        "projection": projection_flops(c, last, embed_dim),
     }

@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, Key
 
-from vlm.config import TextConfig, TextTowerConfig
+from vlm.config import EncoderTextConfig, TextConfig, TextTowerConfig
 from vlm.models.projection import map_pool, projection, projection_flops
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, part
@@ -130,10 +130,10 @@ def used_lengths(
     A causal tower ignores tokens after the pooled one, and a tower with a mask ignores padding.
     None: other towers depend on all tokens.
     """
-    if not isinstance(config, TextConfig) or not config.ignores_padding:
+    if not isinstance(config, TextConfig | EncoderTextConfig) or not config.ignores_padding:
         return None
     last = np.zeros(len(tokens), int)
-    if config.pool in ("end", "argmax"):
+    if isinstance(config, TextConfig) and config.pool in ("end", "argmax"):
         last = np.argmax(tokens == config.end_id if config.pool == "end" else tokens, axis=1)
         if config.causal:
             return last + 1
@@ -155,8 +155,7 @@ def shortened(
     if lengths is None or not len(lengths):
         return tokens
     last = int(lengths.max())
-    assert isinstance(config, TextConfig)  # others have no lengths
-    if config.causal and config.pool in ("end", "argmax"):
+    if isinstance(config, TextConfig) and config.causal and config.pool in ("end", "argmax"):
         return tokens[:, : -(-last // step) * step]
     while step > 1 and step < last:
         step *= 2

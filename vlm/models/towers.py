@@ -8,10 +8,13 @@ from flax import nnx
 from vlm.config import (
     ConvNeXtConfig,
     EfficientNetConfig,
+    EncoderTextConfig,
     FastViTConfig,
     NoTextConfig,
     NoVisionConfig,
     ResNetConfig,
+    ResNetV1Config,
+    SwinConfig,
     TextConfig,
     TextModuleConfig,
     TextTowerConfig,
@@ -21,7 +24,19 @@ from vlm.config import (
     ViTConfig,
     XCLIPConfig,
 )
-from vlm.models import convnext, efficientnet, fastvit, resnet, text, vit, vitamin, xclip
+from vlm.models import (
+    convnext,
+    efficientnet,
+    encoders,
+    fastvit,
+    resnet,
+    resnet_v1,
+    swin,
+    text,
+    vit,
+    vitamin,
+    xclip,
+)
 from vlm.models.modules import module_flops, module_tower
 from vlm.nn.transformer import Execution
 
@@ -34,6 +49,8 @@ _KINDS = {
     FastViTConfig: (fastvit.FastViTTower, fastvit.flops),
     EfficientNetConfig: (efficientnet.EfficientNetTower, efficientnet.flops),
     XCLIPConfig: (xclip.XCLIPTower, xclip.flops),
+    SwinConfig: (swin.SwinTower, swin.flops),
+    ResNetV1Config: (resnet_v1.ResNetV1Tower, resnet_v1.flops),
 }
 
 
@@ -80,7 +97,12 @@ def text_tower(
     """Make the tower of `config`: token ids (b, n) to embeddings (b, embed_dim); or None."""
     if isinstance(config, NoTextConfig):
         return None
-    make: Any = module_tower if isinstance(config, TextModuleConfig) else text.TextTower
+    kinds: dict[Any, Any] = {
+        TextModuleConfig: module_tower,
+        EncoderTextConfig: encoders.EncoderTower,
+        TextConfig: text.TextTower,
+    }
+    make = kinds[type(config)]
     return make(config, embed_dim, execution=execution, rngs=rngs)
 
 
@@ -90,6 +112,8 @@ def text_flops(
     """Forward FLOPs of one text, by part; `masking` is the fraction of dropped tokens."""
     if isinstance(config, TextConfig):
         return text.text_flops(config, embed_dim, masking=masking)
+    if isinstance(config, EncoderTextConfig):
+        return encoders.flops(config, embed_dim, masking=masking)
     if isinstance(config, NoTextConfig):
         return {}
     kept = config.tokens(masking=masking)

@@ -178,7 +178,7 @@ class Transformer(nnx.Module):
             return x, None if own is None else own.found
 
         layers = (jnp.arange(self.depth), parameters, changes_below(intermediates, "blocks"))
-        x, found = _scan(layer, x, layers, self.execution, remat=cut_over_fsdp(x))
+        x, found = scan_layers(layer, x, layers, self.execution, remat=cut_over_fsdp(x))
         if intermediates is not None:
             for name, value in (found or {}).items():
                 intermediates.found[f"{intermediates.prefix}blocks/{name}"] = value
@@ -221,10 +221,12 @@ def run_stacked(
     def layer(x, parameters):
         return step(nnx.merge(block, parameters), x), None
 
-    return _scan(layer, x, nnx.to_pure_dict(parameters), execution)[0]
+    return scan_layers(layer, x, nnx.to_pure_dict(parameters), execution)[0]
 
 
-def _scan(layer: Callable, x: Array, layers: Any, execution: Execution, *, remat: bool = False):
+def scan_layers(
+    layer: Callable, x: Array, layers: Any, execution: Execution, *, remat: bool = False
+):
     """Scan over layers, compiled once or unrolled; rematerialise if configured, or if `remat`."""
     if remat or execution.remat != "none":
         policy = checkpoint_policy(execution.remat)

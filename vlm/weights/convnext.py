@@ -4,18 +4,15 @@ import re
 from typing import Any
 
 from vlm.config import ConvNeXtConfig
+from vlm.weights import timm_heads
 from vlm.weights.layers import conv, linear, norm
 from vlm.weights.rules import Rule, Shapes, count_layers
 from vlm.weights.timm import TRUNK, tower_name
 
-NAMES = {
-    re.compile(r"convnext_(tiny|small|base|large|xlarge|xxlarge)(\..*)?$"): {
-        (pool, proj) for pool in ("", "avg") for proj in ("none", "linear", "mlp")
-    }
-}
+NAMES = {re.compile(r"convnext_(tiny|small|base|large|xlarge|xxlarge)(\..*)?$"): timm_heads.ALL}
 READS = (
-    "convnext_{tiny,small,base,large,xlarge,xxlarge} with the mean of the image and the "
-    "projections none, linear and mlp"
+    "convnext_{tiny,small,base,large,xlarge,xxlarge} with the pools avg, abs_attn and rot_attn and "
+    "any projection"
 )
 
 # Blocks and channels of the stages. The MLPs are four times as wide.
@@ -35,6 +32,7 @@ TOWERS = {
         ("xxlarge", (3, 4, 30, 3), 384),
     )
 }
+_OURS = {"mlp_bias": "mlp"}  # in a ConvNeXtConfig
 
 
 def vision_config(
@@ -44,23 +42,27 @@ def vision_config(
     count = count_layers(shapes, f"{TRUNK}.stages.{{}}.blocks.0.norm.weight")
     stages = [f"{TRUNK}.stages.{stage}.blocks" for stage in range(max(1, count))]
     sizes = [shapes[f"{stage}.0.mlp.fc1.weight"] for stage in stages]
+    projection = timm_heads.projection_of(proj, shapes, pool)
     return ConvNeXtConfig(
         image_size=image_size,
         depths=tuple(count_layers(shapes, f"{stage}.{{}}.norm.weight") for stage in stages),
         widths=tuple(width for _, width in sizes),
         mlp_dims=tuple(mlp_dim for mlp_dim, _ in sizes),
         norm_eps=TOWERS[name.partition(".")[0]].norm_eps,
-        projection=proj,
+        projection=_OURS.get(projection, projection),
+        pool=timm_heads.pool_of(pool),
     )
 
 
-def options(c: ConvNeXtConfig) -> dict[str, str | None]:
+def options(c: ConvNeXtConfig) -> dict[str, Any]:
     """Fields of a `vision_cfg` that make this tower."""
-    name = tower_name(c, TOWERS, free=["image_size", "projection"])
-    return {"timm_model_name": name, "timm_pool": "", "timm_proj": c.projection}
+    name = tower_name(c, TOWERS, free=["image_size", "pool", "projection"])
+    theirs = {ours: name for name, ours in _OURS.items()}
+    projection = theirs.get(c.projection, c.projection)
+    return {"timm_model_name": name, **timm_heads.options(c.pool, projection)}
 
 
-def rules(c: ConvNeXtConfig) -> list[Rule]:
+def rules(c: ConvNeXtConfig, shapes: Shapes) -> list[Rule]:
     """Rules of a tower."""
     table = [
         *conv(f"{TRUNK}.stem.0", "vision.stem"),
@@ -78,9 +80,8 @@ def rules(c: ConvNeXtConfig) -> list[Rule]:
         table += linear(f"{block}.mlp.fc2", f"{ours}.blocks.mlp.down")
         table.append(Rule(f"{block}.gamma", f"{ours}.blocks.scale"))
     table += norm(f"{TRUNK}.head.norm", "vision.norm")
-    if c.projection == "linear":
-        table += linear("visual.head.proj", "vision.projection", bias=False)
-    elif c.projection == "mlp":
+    table += timm_heads.pool_rules(c.pool)
+    if c.projection == "mlp":
         table += linear("visual.head.mlp.fc1", "vision.hidden")
-        table += linear("visual.head.mlp.fc2", "vision.projection", bias=False)
-    return table
+        return table + linear("visual.head.mlp.fc2", "vision.projection", bias=False)
+    return table + timm_heads.projection_rules(c.projection, f"{TRUNK}.head.fc", shapes)

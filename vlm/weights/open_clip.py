@@ -12,6 +12,7 @@ from etils import epath
 
 from vlm.config import (
     Activation,
+    EncoderTextConfig,
     FastViTConfig,
     ModelConfig,
     ResNetConfig,
@@ -20,7 +21,7 @@ from vlm.config import (
     ViTConfig,
 )
 from vlm.errors import CheckpointError, brief
-from vlm.weights import fastvit, naflexvit, text_encoders, timm, timm_towers
+from vlm.weights import encoders, fastvit, naflexvit, text_encoders, timm, timm_towers
 from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import (
     MAX_LAYERS,
@@ -64,7 +65,7 @@ TEXT = {
     "final_ln_after_pool": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear",
     "output_tokens": False, "act_kwargs": None, "norm_kwargs": None,
     "hf_model_name": None, "hf_model_pretrained": True, "hf_proj_type": "mlp",
-    "hf_pooler_type": "mean_pooler",
+    "hf_pooler_type": "mean_pooler", "hf_model_config": None, "variable_text": False,
 }  # fmt: skip
 # ... and those that no known checkpoint sets, which must be off.
 OFF = (
@@ -123,8 +124,10 @@ def described(
     if isinstance(config.vision, FastViTConfig):
         tensors = fastvit.Fused(tensors, config.vision, model["vision_cfg"]["timm_model_name"])
     context_length = None
-    encoder = text_encoders.reads(tensors.shapes)
-    if encoder:  # it has positions for longer texts than the model's
+    encoder = isinstance(config.text, TextConfig) and text_encoders.reads(tensors.shapes)
+    if isinstance(config.text, EncoderTextConfig):
+        tensors = encoders.fold(tensors, config.text)
+    elif encoder:  # it has positions for longer texts than the model's
         tensors = text_encoders.fold(tensors, config.text_transformer)
         length = {"context_length": TEXT["context_length"]}
         context_length = with_defaults(model["text_cfg"], length, "text_cfg")["context_length"]
@@ -191,7 +194,9 @@ def model_config(
             vision_tower, length, f"{where}: vision_cfg.image_seq_len"
         )
     if text["hf_model_name"]:
-        text_tower = text_encoders.text_config(text, shapes, where, encoder or {})
+        known = encoders.recognises(text["hf_model_name"], encoder or {})
+        family = encoders if known else text_encoders
+        text_tower = family.text_config(text, shapes, where, encoder or {})
     else:
         text_tower = _text(text, quick, f"{where}: text_cfg")
     return ModelConfig(
@@ -252,6 +257,8 @@ def _text(c: dict[str, Any], quick: bool, where: str) -> TextConfig:
     }  # fmt: skip
     pool = pools[choice(c["pool_type"], pools, f"{where}.pool_type")]
     pool = "class" if c["embed_cls"] else pool
+    if c["variable_text"]:
+        raise CheckpointError(f"{where}.variable_text is true, and vlm reads only fixed lengths")
     linear: TextProjection = "linear_bias" if c["proj_bias"] else "linear"
     projections: dict[str, TextProjection] = {"none": "none", "linear": linear}
     return TextConfig(
@@ -337,11 +344,13 @@ def rules(config: ModelConfig, shapes: Shapes) -> list[Rule]:
     if isinstance(config.vision, ResNetConfig):
         image = _resnet_rules(config.vision.depths)
     elif (family := timm_towers.family_of(config.vision, shapes)) is not None:
-        more = {"shapes": shapes} if family is timm else {}
+        more = {"shapes": shapes} if family in timm_towers.BY_SHAPES else {}
         image = family.rules(config.vision, **more)
     else:
         image = _vision_rules(config)
-    if text_encoders.owns(config.text_transformer):
+    if isinstance(config.text, EncoderTextConfig):
+        text = encoders.rules(config.text)
+    elif text_encoders.owns(config.text_transformer):
         text = text_encoders.rules(config.text_transformer)
     else:
         text = _text_rules(config.text_transformer, prefix)

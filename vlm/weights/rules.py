@@ -85,8 +85,8 @@ WITHOUT_FIRST = Transform(
 class Rule:
     """Name in the checkpoint, name in our model, and the change of layout.
 
-    "{}" in `theirs` is the number of a layer, counted from `first`. With several names in `ours`,
-    the checkpoint's tensor is their concatenation along its first axis.
+    "{}" in `theirs` is the number of a layer, counted from `first` by `step`. With several names in
+    `ours`, the checkpoint's tensor is their concatenation along its first axis.
 
     Example:
         >>> rule = vlm.weights.Rule("visual.ln_post.weight", "vision.norm.scale")
@@ -98,6 +98,7 @@ class Rule:
     ours: str | tuple[str, ...]
     transform: Transform = SAME
     first: int = 0
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def expand(rules: Sequence[Rule], shapes: Shapes) -> list[LayerRule]:
                 continue
             layered = "{}" in rule.theirs
             for layer in range(shape[0]) if layered else [None]:
-                theirs = rule.theirs if layer is None else rule.theirs.format(rule.first + layer)
+                number = rule.first + rule.step * (layer or 0)
+                theirs = rule.theirs if layer is None else rule.theirs.format(number)
                 layer_shape = shape[1:] if layered else shape
                 expanded.append(
                     LayerRule(theirs, name, layer, rule.transform, layer_shape, part, len(names))

@@ -8,12 +8,36 @@ it is not written); `rules`.
 
 from typing import Any
 
-from vlm.config import ConvNeXtConfig, FastViTConfig, VisionTowerConfig, ViTaminConfig, ViTConfig
+from vlm.config import (
+    ConvNeXtConfig,
+    EfficientNetConfig,
+    FastViTConfig,
+    ResNetV1Config,
+    SwinConfig,
+    VisionTowerConfig,
+    ViTaminConfig,
+    ViTConfig,
+)
 from vlm.errors import CheckpointError, brief
-from vlm.weights import convnext, eva, fastvit, mobileclip, naflexvit, timm, vitamin
+from vlm.weights import (
+    convnext,
+    efficientnet,
+    eva,
+    fastvit,
+    mobileclip,
+    naflexvit,
+    resnet_v1,
+    swin,
+    timm,
+    vitamin,
+)
 from vlm.weights.rules import Shapes
 
-FAMILIES = (fastvit, convnext, eva, vitamin, mobileclip, naflexvit, timm)
+FAMILIES = (
+    fastvit, convnext, eva, vitamin, mobileclip, naflexvit, swin, resnet_v1, efficientnet, timm
+)  # fmt: skip
+# Those whose rules depend on the shapes of the tensors too.
+BY_SHAPES = (timm, convnext, swin, resnet_v1, efficientnet)
 
 
 def vision_config(
@@ -69,6 +93,12 @@ def family_of(config: VisionTowerConfig, shapes: Shapes) -> Any | None:
             return convnext
         case ViTaminConfig():
             return vitamin
+        case SwinConfig():
+            return swin
+        case ResNetV1Config():
+            return resnet_v1
+        case EfficientNetConfig():
+            return efficientnet
         case ViTConfig(max_patches=int()):
             return naflexvit
         case ViTConfig(key_bias=False):

@@ -9,7 +9,13 @@ from typing import Literal
 
 from etils import epath
 
-from vlm.config import Code, NoTextConfig, TextModuleConfig, VisionModuleConfig
+from vlm.config import (
+    Code,
+    EncoderTextConfig,
+    NoTextConfig,
+    TextModuleConfig,
+    VisionModuleConfig,
+)
 from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
@@ -46,6 +52,11 @@ def write_folder(
             raise CheckpointError(
                 f"{form} has no place for {tower.module}, a tower of your own: save the model as a "
                 "vlm bundle"
+            )
+        if isinstance(tower, EncoderTextConfig):
+            raise CheckpointError(
+                f"{form}: vlm reads ModernBERT and T5 text towers and does not write them: save "
+                "the model as a vlm bundle"
             )
         activation = getattr(tower, "activation", None)
         if isinstance(activation, Code):
