@@ -155,7 +155,7 @@ def _t5(name: str, about: Mapping[str, Any], place: str) -> dict[str, Any]:
     }
 
 
-def _modernbert_sizes(shapes: Shapes, heads: int) -> dict[str, int]:
+def _modernbert_sizes(shapes: Shapes, heads: int) -> dict[str, Any]:
     vocab_size, width = shapes[f"{_ROOT}.embeddings.tok_embeddings.weight"]
     if width % heads:
         raise ValueError(f"width {width} of {heads} heads")
@@ -169,7 +169,7 @@ def _modernbert_sizes(shapes: Shapes, heads: int) -> dict[str, int]:
     }
 
 
-def _t5_sizes(shapes: Shapes) -> dict[str, int]:
+def _t5_sizes(shapes: Shapes) -> dict[str, Any]:
     vocab_size, width = shapes[f"{_ROOT}.embed_tokens.weight"]
     buckets, heads = shapes[_DISTANCE]
     block = f"{_ROOT}.block.0.layer"
