@@ -42,7 +42,8 @@ def test_the_approximate_program_of_a_tpu_is_exact_on_cpu(mesh, monkeypatch):
     rows, query = rng.standard_normal((300, 6)), rng.standard_normal((4, 6))
     search = DeviceSearch([rows.astype(np.float32)], mesh, approximate=True)
     mask = jax.device_put(np.arange(len(search.rows)) < 300, search.rows.sharding)
-    program = device_search._program(mesh, search._shard, search._tile, 5, approximate=True)
+    score, tile = device_search._products, search._tile
+    program = device_search.search_program(mesh, search._shard, tile, 5, score, approximate=True)
     _, positions = program(query.astype(np.float32), search.rows, mask)
     np.testing.assert_array_equal(positions, np.argsort(-query @ rows.T, axis=1)[:, :5])
 

@@ -14,12 +14,15 @@ with epy.lazy_api_imports(globals()):
     from vlm.heads.few_shot import FewShotClassifier as FewShotClassifier
     from vlm.heads.labels import read_labels as read_labels
     from vlm.heads.labels import read_templates as read_templates
+    from vlm.heads.multi_vector import MultiVectorIndex as MultiVectorIndex
     from vlm.heads.neighbours import NeighbourClassifier as NeighbourClassifier
     from vlm.heads.prompted import PromptedClassifier as PromptedClassifier
     from vlm.heads.prompts import TEMPLATES as TEMPLATES
     from vlm.heads.query import Query as Query
     from vlm.heads.retrieval import RetrievalIndex as RetrievalIndex
     from vlm.heads.saved import load_classifier as load_classifier
+    from vlm.heads.token_embeddings import image_tokens as image_tokens
+    from vlm.heads.token_embeddings import text_tokens as text_tokens
     from vlm.heads.video_encoder import VideoEncoder as VideoEncoder
     from vlm.heads.zero_shot import Classification as Classification
     from vlm.heads.zero_shot import ZeroShotClassifier as ZeroShotClassifier

@@ -6,6 +6,7 @@ tile of products. One all-gather then collects the top k of every device, and th
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,24 +86,43 @@ class DeviceSearch:
                 jax.device_put(mask, self._over(P(self._axes))),
             )
         )
-        valid = [row > -np.inf for row in scores[: len(z_query)]]
-        valid = [f & (row >= min_score) for f, row in zip(valid, scores, strict=False)]
-        return (
-            [row[f].astype(np.int64) for row, f in zip(positions, valid, strict=False)],
-            [row[f] for row, f in zip(scores, valid, strict=False)],
-        )
+        return valid_rows(positions, scores, len(z_query), min_score)
 
     def program(self, k: int):
         """Return the compiled search: (queries, rows, mask) to k (scores, positions) per query."""
         on_tpu = self.mesh.devices.flat[0].platform == "tpu"
-        return _program(self.mesh, self._shard, self._tile, k, self.approximate and on_tpu)
+        return search_program(
+            self.mesh, self._shard, self._tile, k, _products, self.approximate and on_tpu
+        )
 
     def _over(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
 
+def valid_rows(
+    positions: np.ndarray, scores: np.ndarray, count: int, min_score: float = -np.inf
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the positions and scores of the first `count` queries that are answers."""
+    valid = [(row > -np.inf) & (row >= min_score) for row in scores[:count]]
+    return (
+        [row[f].astype(np.int64) for row, f in zip(positions, valid, strict=False)],
+        [row[f] for row, f in zip(scores, valid, strict=False)],
+    )
+
+
+def _products(queries: Float[jax.Array, "q d"], rows: Float[jax.Array, "n d"]) -> jax.Array:
+    return jnp.dot(queries, rows.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+
+
 @functools.lru_cache(maxsize=64)
-def _program(mesh: Mesh, shard: int, tile: int, k: int, approximate: bool):
+def search_program(
+    mesh: Mesh, shard: int, tile: int, k: int, score: Callable[..., Any], approximate: bool = False
+):
+    """Compile a search for the k rows with the best scores, over rows sharded on a mesh.
+
+    `score(queries, rows)` gives (q, n) scores of a tile. Queries and rows are arrays, or tuples of
+    arrays with equal first dimensions.
+    """
     axes = tuple(mesh.axis_names)
     kept = min(k, shard)
 
@@ -112,12 +132,10 @@ def _program(mesh: Mesh, shard: int, tile: int, k: int, approximate: bool):
 
     def of_device(queries, rows, mask):
         def step(best, start):
-            part = jax.lax.dynamic_slice_in_dim(rows, start, tile)
-            known = jax.lax.dynamic_slice_in_dim(mask, start, tile)
-            scores = jnp.dot(
-                queries, part.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST
+            part, known = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile), (rows, mask)
             )
-            scores = jnp.where(known, scores, -jnp.inf)
+            scores = jnp.where(known, score(queries, part), -jnp.inf)
             at = jnp.broadcast_to(start + jnp.arange(tile), scores.shape)
             if approximate and tile > kept:
                 scores, chosen = jax.lax.approx_max_k(scores, kept)
@@ -125,7 +143,7 @@ def _program(mesh: Mesh, shard: int, tile: int, k: int, approximate: bool):
             best = [jnp.concatenate(pair, axis=1) for pair in zip(best, (scores, at), strict=True)]
             return best_of(*best), None
 
-        count = len(queries)
+        count = len(jax.tree.leaves(queries)[0])
         nothing = jnp.full((count, kept), -jnp.inf), jnp.zeros((count, kept), jnp.int32)
         (scores, at), _ = jax.lax.scan(step, nothing, jnp.arange(0, shard, tile))
         at += shard * jax.lax.axis_index(axes)

@@ -136,10 +136,10 @@ class Tokenizer:
         """Count the texts that are too long for `context_length` and are truncated."""
         return int(self.rows(texts)[1].sum())
 
-    def lengths(self, texts: str | Sequence[str]) -> list[int]:
-        """Count the tokens of each text, with bos and eos and without truncation."""
+    def lengths(self, texts: str | Sequence[str], prompt: str | None = None) -> list[int]:
+        """Count the tokens of each text, with its prompt, bos and eos, and without truncation."""
         specials = sum(i is not None for i in (self.config.bos_id, self.config.eos_id))
-        return [len(ids) + specials for ids in self._encode(texts)]
+        return [len(ids) + specials for ids in self._encode(texts, prompt)]
 
     def decode(
         self, tokens: Int32[np.ndarray, "n l"] | Sequence[Int32[np.ndarray, " l"] | Sequence[int]]

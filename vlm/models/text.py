@@ -76,6 +76,18 @@ class TextTower(nnx.Module):
         and pooling still use the tokens (CoOp, arXiv:2109.01134). `intermediates` capture
         "embedding", the activations of the stack, and "pool/attention" of a map pool.
         """
+        x, real = self._tokens(tokens, keys, context, intermediates)
+        return self._embedding(x, tokens, real, intermediates)
+
+    @auto_axes
+    def dense(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n e"]:
+        """Embed each token by its own activations in place of the pooled ones, padding too."""
+        x, _ = self._tokens(tokens, None, None, None)
+        x = x[:, : tokens.shape[1]].reshape(-1, 1, x.shape[-1])
+        return self._embedding(x, tokens.reshape(-1, 1), None).reshape(*tokens.shape, -1)
+
+    def _tokens(self, tokens, keys, context, intermediates: Intermediates | None):
+        """Run the blocks; return activations, and a mask of real tokens if the tower has one."""
         c = self.config
         x = self.embedding[...].astype(self.dtype)[tokens]
         if context is not None:
@@ -97,8 +109,11 @@ class TextTower(nnx.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         mask = None if real is None else real[:, None, None, :]
-        x = self.transformer(x, mask, keys=keys, intermediates=intermediates)
+        return self.transformer(x, mask, keys=keys, intermediates=intermediates), real
 
+    def _embedding(self, x, tokens, real, intermediates: Intermediates | None = None):
+        """Pool and project tokens."""
+        c = self.config
         norm = self.norm or (lambda x: x)  # post-norm blocks end with a norm
         if self.pool is not None:
             x = self.pool(norm(x), real, intermediates=part(intermediates, "pool"))

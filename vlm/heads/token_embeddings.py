@@ -1,0 +1,112 @@
+"""Several vectors for each image or text: one for each patch, and one for each token.
+
+They are for late interaction (`vlm.heads.MultiVectorIndex`), as in FILIP (arXiv:2111.07783): each
+position passes through the pooling and projection of its tower alone.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from vlm.bundle import Bundle
+from vlm.errors import ConfigError
+from vlm.inputs.batches import batch_size_of, pixel_batches
+from vlm.inputs.opening import ImageLike, OnError, one_or_many
+from vlm.models.dual_encoder import unit_norm
+from vlm.nn.naflex import Patches
+from vlm.weights.instantiate import check_images, check_tower
+
+Vectors = Float[np.ndarray, "_ d"]
+
+
+def image_tokens(
+    model: Bundle,
+    images: ImageLike | Iterable[ImageLike],
+    batch_size: int | None = None,
+    *,
+    on_error: OnError | None = None,
+) -> list[Vectors]:
+    """Compute unit-norm vectors of the patches of each image, in row-major order.
+
+    Padding of NaFlex is left out. Arguments are those of `Bundle.encode_image`.
+
+    Raises:
+        ConfigError: a model without a vision tower, or a tower without `dense`.
+        DataError: an unreadable image, without `on_error`.
+
+    Example:
+        >>> [z.shape for z in vlm.heads.image_tokens(model, pictures[:2])]
+        [(4, 16), (4, 16)]
+    """
+    check_images(model.model, model.name)
+    graph, state = nnx.split(_tower(model, "vision"))
+    size, found = batch_size_of(batch_size), []
+    for rows in pixel_batches(model.preprocess, one_or_many(images), size, on_error):
+        masks = rows.mask if isinstance(rows, Patches) else itertools.repeat(slice(None))
+        z = np.asarray(_dense(graph, state, model.preprocess.normalize(rows)))
+        found += [vectors[mask] for vectors, mask in zip(z, masks, strict=False)]
+    return found
+
+
+def text_tokens(
+    model: Bundle,
+    texts: str | Iterable[str],
+    batch_size: int | None = None,
+    *,
+    prompt: str | None = None,
+) -> list[Vectors]:
+    """Compute unit-norm vectors of the tokens of each text, with begin and end, without padding.
+
+    Arguments are those of `Bundle.encode_text`.
+
+    Raises:
+        ConfigError: a model without a text tower, or a tower without `dense`.
+        DataError: a text is not a string.
+
+    Example:
+        >>> [z.shape[1] for z in vlm.heads.text_tokens(model, ["a red square"])]
+        [16]
+    """
+    check_tower(model.model, "text", model.name)
+    graph, state = nnx.split(_tower(model, "text"))
+    found, rules = [], model.tokenizer.config
+    for part in _parts([texts] if isinstance(texts, str) else texts, batch_size_of(batch_size)):
+        rows = model.tokenizer(part, prompt)
+        lengths = np.minimum(model.tokenizer.lengths(part, prompt), rules.context_length)
+        for vectors, length in zip(_in_powers(graph, state, rows), lengths, strict=True):
+            kept = (
+                slice(length) if rules.pad_side == "right" else slice(len(vectors) - length, None)
+            )
+            found.append(vectors[kept])
+    return found
+
+
+def _tower(model: Bundle, name: str) -> nnx.Module:
+    tower = getattr(model.model, name)
+    if not hasattr(tower, "dense"):
+        raise ConfigError(
+            f"the {name} tower of {model.name} gives one vector for each input: late interaction "
+            "needs a tower with a method dense, as the ViTs and text transformers of vlm"
+        )
+    return tower
+
+
+def _parts(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    stream = iter(items)
+    return iter(lambda: list(itertools.islice(stream, size)), [])
+
+
+def _in_powers(graph, state, rows: np.ndarray) -> np.ndarray:
+    """Embed rows that are padded to a power of two, so that few shapes are compiled."""
+    padded = np.resize(rows, (1 << (len(rows) - 1).bit_length(), rows.shape[1]))
+    return np.asarray(_dense(graph, state, padded))[: len(rows)]
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _dense(graph, state, inputs):
+    return unit_norm(nnx.merge(graph, state).dense(inputs))
