@@ -16,6 +16,7 @@ from vlm.config import (
     EfficientNetStage,
     FastViTConfig,
     FastViTStage,
+    GroupViTConfig,
     MeshConfig,
     ResNetV1Config,
     SwinConfig,
@@ -154,6 +155,8 @@ TOWERS = [
     ViTConfig(32, 8, 24, 2, 3, 40, stem="nested", stem_widths=(8, 12), pool="class", mlp="swiglu",
               projection="linear"),
     ViTConfig(32, 8, 24, 2, 3, 40, pool="map", pool_mlp_dim=100, projection="linear"),
+    ViTConfig(32, 8, 24, 2, 3, 40, pool="probe", projection="linear", mlp="swiglu_plain"),
+    GroupViTConfig(32, 8, 24, (2, 1, 1), (5, 3, 0), 3, 40, 10, 30, projection_dim=28),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Writes goldens of AIMv2, FLAVA and OWLv2: small random models.
+"""Writes goldens of AIMv2, FLAVA, OWLv2 and GroupViT: small random models.
 
 Run with the extra `peers` installed: python tests/weights/make_more_encoders.py [NAME ...]
 """
@@ -19,6 +19,8 @@ from transformers import (
     FlavaForPreTraining,
     FlavaImageProcessorPil,
     FlavaModel,
+    GroupViTConfig,
+    GroupViTModel,
     Owlv2Config,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessorPil,
@@ -68,6 +70,22 @@ def owlv2(name: str, seed: int) -> None:
     record(name, model, processor, "clip", made, seed, lambda m, *given: embed(m.owlv2, *given))
 
 
+def groupvit(name: str, seed: int) -> None:
+    made = vocabulary_of("clip")
+    stages = {"depths": [2, 1, 1], "num_group_tokens": [6, 3, 0], "num_output_groups": [6, 3, 3],
+              "num_hidden_layers": 4}  # fmt: skip
+    config = GroupViTConfig(
+        text_config=text_of("clip", *made), vision_config=VISION | stages, projection_dim=20,
+        projection_intermediate_dim=28,
+    )  # fmt: skip
+    model = GroupViTModel(config)
+    generator = torch.Generator().manual_seed(seed)
+    for key, buffer in model.named_buffers():
+        if "running" in key:
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    record(name, model, CLIPImageProcessorPil(**CROP), "clip", made, seed, embed)
+
+
 MODELS = {
     "hf_aimv2": lambda: aimv2("hf_aimv2", 31),
     "one_aimv2": lambda: record_vision(
@@ -78,6 +96,7 @@ MODELS = {
     ),
     "hf_flava": lambda: flava("hf_flava", FlavaModel, 33, qkv_bias=False),
     "hf_owlv2": lambda: owlv2("hf_owlv2", 35),
+    "hf_groupvit": lambda: groupvit("hf_groupvit", 36),
     "hf_flava_pretraining": lambda: flava("hf_flava_pretraining", FlavaForPreTraining, 34),
 }
 

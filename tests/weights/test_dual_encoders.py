@@ -8,9 +8,11 @@ import json
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import vlm
@@ -45,7 +47,7 @@ def test_models_are_written_back(name, written, tmp_path):
     assert model.logit_scale == again.logit_scale
 
 
-@pytest.mark.parametrize("name", ["hf_blip", "hf_flava"])
+@pytest.mark.parametrize("name", ["hf_blip", "hf_flava", "hf_groupvit"])
 def test_parts_of_larger_models_are_not_written_back(name, tmp_path):
     with pytest.raises(CheckpointError, match="no place for"):
         vlm.load(GOLDEN / name).save(tmp_path / "x", format="huggingface")
@@ -86,6 +88,12 @@ def changed(name, part, changes, tmp_path):
             {"architectures": ["FlavaImageModel"]},
             "vlm reads FlavaModel and Flava",
         ),
+        ("hf_groupvit", "vision_config", {"depths": 3}, "not a list with a number for each stage"),
+        ("hf_groupvit", "vision_config", {"depths": [4]}, "another length than depths"),
+        ("hf_groupvit", "vision_config", {"num_output_groups": [4, 3, 3]}, "as many segments as"),
+        ("hf_groupvit", "vision_config", {"assign_mlp_ratio": 4}, "assign_mlp_ratio is 4, not two"),
+        ("hf_groupvit", "vision_config", {"num_group_tokens": [6, 0, 0]}, "only the last stage"),
+        ("hf_groupvit", None, {"projection_intermediate_dim": 8}, "of another shape"),
         ("hf_flava", "image_config", {"num_hidden_layers": 1}, "without a place in the model"),
         ("hf_flava", "text_config", {"pad_token_id": 3}, "belong to different models"),
         ("hf_flava", None, {"projection_dim": 8}, "of another shape"),
@@ -175,3 +183,22 @@ def test_aimv2_with_a_part_that_transformers_lacks_is_not_written(tmp_path):
     text = dataclasses.replace(c.text, causal=False)
     with pytest.raises(CheckpointError, match=r"text\.causal False \(True\)"):
         writing_parts.refuse_differences("transformers", dataclasses.replace(c, text=text), c)
+
+
+def test_groupvit_learns_and_has_no_heat_maps():
+    model = vlm.load(GOLDEN / "hf_groupvit")
+    images = jnp.asarray(np.load(GOLDEN / "hf_groupvit" / "outputs.npz")["pixels"])
+    graph, state = nnx.split(model.model.vision)
+    keys = jax.random.split(jax.random.key(0), len(images))
+
+    def loss(state, keys):
+        return jnp.square(nnx.merge(graph, state)(images, keys=keys)).sum()
+
+    noisy, gradients = jax.value_and_grad(loss)(state, keys)
+    assert noisy != loss(state, None)
+    flat = nnx.to_flat_state(gradients)
+    still = [".".join(map(str, path)) for path, value in flat if not jnp.any(value[...])]
+    # The key bias cancels in a softmax.
+    assert all(name.endswith("attention.key.bias") for name in still)
+    with pytest.raises(ConfigError, match="merges its patches into segments"):
+        vlm.explain(model, np.zeros((40, 40, 3), np.uint8), "a cat")

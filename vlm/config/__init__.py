@@ -29,6 +29,7 @@ from vlm.config.files import load_config as load_config
 from vlm.config.files import to_dict as to_dict
 from vlm.config.fine_tuning import AdapterConfig as AdapterConfig
 from vlm.config.fine_tuning import DistillConfig as DistillConfig
+from vlm.config.groupvit import GroupViTConfig as GroupViTConfig
 from vlm.config.inputs import CLIP_MEAN as CLIP_MEAN
 from vlm.config.inputs import CLIP_STD as CLIP_STD
 from vlm.config.inputs import Clean as Clean

@@ -37,8 +37,8 @@ _SIZE = Bounds(1, 2**18)  # any other integer
 _INTEGERS = _by_field(
     {
         Bounds(0, 2**18): (
-            "mlp_dim", "registers", "rotary", "rank", "FastViTStage.heads", "FastViTStage.squeeze",
-            "head_width",
+            "mlp_dim", "registers", "rotary", "rank", "groups", "FastViTStage.heads",
+            "FastViTStage.squeeze", "head_width",
         ),
         Bounds(0, 1_000): ("depth",),
         Bounds(1, 1_000): ("EfficientNetStage.depth", "depths", "conv_depths"),

@@ -60,7 +60,9 @@ class TextConfig(Config):
         last_norm: For norm post: one more norm after the blocks (AltCLIP).
         pooler: For norm post: a linear layer and a tanh after pooling (BERT's pooler).
         projection: Layer from the pooled token to the shared space. mlp: two layers without
-            biases; the hidden width is the mean of both widths.
+            biases; the hidden width is the mean of both widths; mlp_relu: two layers with biases
+            and a ReLU (GroupViT).
+        projection_dim: For projection mlp_relu: width of its hidden layer.
         activation: Activation of the MLPs; also a function of `jax.nn`.
         norm_eps: Epsilon of the layer norms.
         dropout: Dropout rate in training.
@@ -88,13 +90,14 @@ class TextConfig(Config):
     norm: Literal["pre", "post"] = "pre"
     last_norm: bool = False
     pooler: bool = False
-    projection: Literal["none", "linear", "linear_bias", "mlp"] = "linear_bias"
+    projection: Literal["none", "linear", "linear_bias", "mlp", "mlp_relu"] = "linear_bias"
     activation: Activation | ImportPath = "gelu_tanh"
     norm_eps: float = 1e-6
     dropout: float = 0.0
     norm_kind: NormKind = "layer"
     mlp: MlpKind = "plain"
     embedding_norm: bool = False
+    projection_dim: int = 4096
 
     def check(self):
         check_heads(self)

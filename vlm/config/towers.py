@@ -8,6 +8,7 @@ from vlm.config.base import Config, VisionTower
 from vlm.config.bounds import check_activation, check_grid_pool, check_heads
 from vlm.config.code import ImportPath
 from vlm.config.efficientnet import EfficientNetConfig
+from vlm.config.groupvit import GroupViTConfig
 from vlm.config.module_towers import VisionModuleConfig
 from vlm.config.resnet_v1 import ResNetV1Config
 from vlm.config.swin import SwinConfig
@@ -470,6 +471,7 @@ VisionTowerConfig = (
     | XCLIPConfig
     | SwinConfig
     | ResNetV1Config
+    | GroupViTConfig
     | VisionModuleConfig
     | NoVisionConfig
 )

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from vlm.config import VisionModuleConfig, VisionTowerConfig
+from vlm.config import GroupViTConfig, VisionModuleConfig, VisionTowerConfig
 from vlm.errors import ConfigError
 from vlm.inputs.naflex import target_size
 from vlm.inputs.preprocess import Preprocess
@@ -31,6 +31,11 @@ def check_positions(tower: VisionTowerConfig, what: str) -> None:
         raise ConfigError(
             f"{what} needs the positions of the vision tower, and {tower.module} is a module of "
             "your own, whose layout vlm does not have: use a model with a tower of vlm"
+        )
+    if isinstance(tower, GroupViTConfig):
+        raise ConfigError(
+            f"{what} needs a vector for each position of the vision tower, and a GroupViT merges "
+            "its patches into segments: use a model with another tower"
         )
 
 

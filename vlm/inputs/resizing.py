@@ -62,7 +62,7 @@ def resize_scipy(array: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarr
     blur = max(0.0, (side / size - 1) / 2)
     filtered = ndimage.gaussian_filter(square, (blur, blur, 0), mode="mirror")
     factors = (size / side, size / side, 1)
-    zoomed = ndimage.zoom(filtered, factors, order=1, mode="mirror", grid_mode=True)
+    zoomed = np.asarray(ndimage.zoom(filtered, factors, order=1, mode="mirror", grid_mode=True))
     return np.round(np.clip(zoomed, square.min(), square.max())).astype(np.uint8)
 
 

@@ -20,6 +20,7 @@ from vlm.weights import (
     clip_inside,
     fgclip2,
     flava,
+    groupvit,
     huggingface,
     one_tower,
     tipsv2,
@@ -42,6 +43,7 @@ FAMILIES = (
     aimv2,
     flava,
     xclip,
+    groupvit,
 )
 _READERS: dict[str, ModuleType] = {
     name: family for family in FAMILIES for name in family.MODEL_TYPES

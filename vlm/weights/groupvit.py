@@ -1,0 +1,192 @@
+"""transformers' `GroupViTModel` (Xu et al., 2022, arXiv:2202.11094).
+
+The batch norm of a projection is folded into the layer before it.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vlm.config import GroupViTConfig, ModelConfig
+from vlm.errors import CheckpointError, brief
+from vlm.weights import huggingface
+from vlm.weights.checkpoint import Checkpoint, Computed, ComputedTensors, weights
+from vlm.weights.fields import MAX_LAYERS, integer, number, with_defaults
+from vlm.weights.files import Tensors
+from vlm.weights.layers import TRANSFORMERS, block, conv, linear, norm
+from vlm.weights.rules import SCALAR, Rule, leading
+
+MODEL_TYPES = ("groupvit",)
+_CLIP = huggingface.DEFAULTS["clip"]
+_VISION: dict[str, Any] = {
+    "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12,
+    "num_attention_heads": 6, "image_size": 224, "patch_size": 16, "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5, "assign_eps": 1.0, "depths": None, "num_group_tokens": None,
+    "num_output_groups": None, "assign_mlp_ratio": None,
+}  # fmt: skip
+_TEXT = _CLIP["text"] | {
+    "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4
+}  # fmt: skip
+_MODEL = {"projection_dim": 256, "projection_intermediate_dim": 4096}
+_PROJECTIONS = {"visual_projection": "vision", "text_projection": "text"}
+_NORM_EPS = 1e-5  # of the batch norms
+_ASSIGNMENT = {
+    "group_norm": "norm_tokens", "token_norm": "norm_x", "mixed_norm": "norm_post_tokens",
+    "mlp_norm": "pre_assign_attn.norm2", "attended_norm": "pre_assign_attn.norm_post",
+    "segment_norm": "norm_new_x",
+}  # fmt: skip
+_ATTENTION = {
+    name: theirs.replace("self_attn", "pre_assign_attn.attn")
+    for name, theirs in TRANSFORMERS.items()
+    if name.startswith("attention.")
+}
+
+
+def model_config(values: dict[str, Any], where: str) -> ModelConfig:
+    """Configuration of a model of this family.
+
+    Raises:
+        CheckpointError: an option that vlm does not support, or a field of another type or size.
+    """
+    c = huggingface.tower_fields(values, "vision", _VISION, where)
+    text = huggingface.tower_fields(values, "text", _TEXT, where)
+    model, place = with_defaults(values, _MODEL, where), f"{where}: vision_config"
+    depths = _integers(c["depths"], (6, 3, 3), f"{place}.depths", low=1)
+    groups = _integers(c["num_group_tokens"], (64, 8, 0), f"{place}.num_group_tokens")
+    made = _integers(c["num_output_groups"], (64, 8, 8), f"{place}.num_output_groups")
+    if any(count and count != segments for count, segments in zip(groups, made, strict=False)):
+        raise CheckpointError(
+            f"{place} has num_group_tokens {list(groups)} and num_output_groups {list(made)}: vlm "
+            "supports as many segments as group tokens"
+        )
+    ratios = c["assign_mlp_ratio"] or (0.5, 4)
+    if not isinstance(ratios, list | tuple) or len(ratios) != 2:
+        raise CheckpointError(f"{place}.assign_mlp_ratio is {brief(ratios)}, not two numbers")
+    group_dim, segment_dim = (
+        int(number(ratio, f"{place}.assign_mlp_ratio", above=0.0) * c["hidden_size"])
+        for ratio in ratios
+    )
+    options = huggingface.tower_options(c, place)
+    del options["depth"]
+    hidden = model["projection_intermediate_dim"]
+    tower = huggingface.clip_text(text, "clip", f"{where}: text_config")
+    return ModelConfig(
+        GroupViTConfig(
+            **options,
+            depths=depths,
+            groups=groups,
+            group_mlp_dim=integer(group_dim, f"{place}.assign_mlp_ratio"),
+            segment_mlp_dim=integer(segment_dim, f"{place}.assign_mlp_ratio"),
+            assign_eps=c["assign_eps"],
+            projection="mlp_relu",
+            projection_dim=hidden,
+        ),
+        dataclasses.replace(tower, projection="mlp_relu", projection_dim=hidden),
+        embed_dim=model["projection_dim"],
+    )
+
+
+def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:
+    """Open the checkpoint in a folder."""
+    tensors = weights(folder, *huggingface.WEIGHTS)
+    return huggingface.assemble(
+        folder,
+        config,
+        rules(config),
+        tensors=_folded(tensors),
+        ignored=lambda name: name.endswith((".position_ids", ".num_batches_tracked")),
+    )
+
+
+def rules(config: ModelConfig) -> list[Rule]:
+    """Rules of a model whose batch norms are folded."""
+    vision = config.vision
+    assert isinstance(vision, GroupViTConfig)
+    tables = "vision_model.embeddings"
+    table = [
+        Rule("logit_scale", "logit_scale", SCALAR),
+        *conv(f"{tables}.patch_embeddings.projection", "vision.stem"),
+        *norm(f"{tables}.layernorm", "vision.stem_norm"),
+        Rule(f"{tables}.position_embeddings", "vision.position", leading(1)),
+    ]
+    previous = 0
+    for stage, groups in enumerate(vision.groups):
+        theirs, ours = f"vision_model.encoder.stages.{stage}", f"vision.stages.{stage}"
+        table += block(f"{theirs}.layers.{{}}", f"{ours}.transformer.blocks", TRANSFORMERS)
+        if groups:
+            table.append(Rule(f"{theirs}.group_token", f"{ours}.groups", leading(1)))
+            table += _assignment(f"{theirs}.downsample", f"{ours}.assign")
+        if groups and previous:
+            table += norm(f"{theirs}.group_projector.0", f"{ours}.previous_norm")
+            table += block(f"{theirs}.group_projector.1", ours, _mlp("previous_mlp", ""))
+        previous = groups
+    table += norm("vision_model.layernorm", "vision.norm")
+    table += [rule for rule in huggingface.CLIP_RULES if rule.theirs.startswith("text_model.")]
+    for theirs, tower in _PROJECTIONS.items():
+        table += linear(f"{theirs}.0", f"{tower}.projection.up")
+        table += linear(f"{theirs}.3", f"{tower}.projection.down")
+    return table
+
+
+def _mlp(ours: str, theirs: str) -> dict[str, str]:
+    start = f"{theirs}." if theirs else ""
+    return {f"{ours}.up": f"{start}fc1", f"{ours}.down": f"{start}fc2"}
+
+
+def _assignment(theirs: str, ours: str) -> list[Rule]:
+    """Rules of the layer that assigns tokens to segments."""
+    mlps = (("mixer", "mlp_inter"), ("mlp", "pre_assign_attn.mlp"), ("segment_mlp", "mlp_channels"))
+    names = _ASSIGNMENT | _ATTENTION
+    for own, their in mlps:
+        names = names | _mlp(own, their)
+    table = block(theirs, ours, names)
+    products = {"of_group": "q_proj", "of_token": "k_proj", "content": "v_proj", "merge": "proj"}
+    for own, their in products.items():
+        table += linear(f"{theirs}.assign.{their}", f"{ours}.{own}")
+    return table
+
+
+def _folded(tensors: Tensors) -> Tensors:
+    """Fold the batch norm of each projection into the layer before it."""
+    computed: dict[str, Computed] = {}
+    used: set[str] = set()
+    for name in _PROJECTIONS:
+        layer, normed = f"{name}.0", f"{name}.1"
+        parts = {f"{normed}.{part}" for part in ("weight", "bias", "running_mean", "running_var")}
+        shapes = {tensors.shapes.get(part) for part in (*parts, f"{layer}.bias")}
+        if len(shapes) != 1 or None in shapes:
+            raise CheckpointError(
+                f"{tensors.where} has no {normed} that fits {layer}.bias: download it again"
+            )
+        computed[f"{layer}.weight"], computed[f"{layer}.bias"] = _fold(tensors, layer, normed)
+        used |= parts
+    return ComputedTensors(tensors, computed, used)
+
+
+def _fold(tensors: Tensors, layer: str, normed: str) -> tuple[Computed, Computed]:
+    def read(name: str) -> np.ndarray:
+        return tensors.read(name).astype(np.float64)
+
+    def scale() -> np.ndarray:
+        return read(f"{normed}.weight") / np.sqrt(read(f"{normed}.running_var") + _NORM_EPS)
+
+    def weight(start: int, stop: int | None) -> np.ndarray:
+        return (read(f"{layer}.weight") * scale()[:, None]).astype(np.float32)[start:stop]
+
+    def bias(start: int, stop: int | None) -> np.ndarray:
+        centred = read(f"{layer}.bias") - read(f"{normed}.running_mean")
+        return (centred * scale() + read(f"{normed}.bias")).astype(np.float32)[start:stop]
+
+    shape = tensors.shapes
+    return (shape.get(f"{layer}.weight", ()), weight), (shape[f"{layer}.bias"], bias)
+
+
+def _integers(given: Any, default: tuple[int, ...], where: str, *, low: int = 0) -> tuple[int, ...]:
+    """Check a list of integers, one for each stage."""
+    if given is None:
+        return default
+    if not isinstance(given, list | tuple) or not 0 < len(given) <= MAX_LAYERS:
+        raise CheckpointError(f"{where} is {brief(given)}, not a list with a number for each stage")
+    return tuple(integer(value, where, low=low) for value in given)
