@@ -1,17 +1,27 @@
 """Files of weights alone, opened by the name of their architecture."""
 
+import dataclasses
 import json
 import logging
 import pathlib
 import pickle
+import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from seeded import seeded
 
 from vlm.bundle import load
 from vlm.cli.convert import convert
+from vlm.config import TextConfig
 from vlm.errors import CheckpointError, ConfigError
+from vlm.models import recipes, variants
+from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import encoders, open_clip, state_dict, text_encoders, timm_towers
+from vlm.weights.files import write_safetensors
+from vlm.weights.rules import flat_arrays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -41,7 +51,7 @@ def test_an_architecture_by_name_is_the_same_model(small, caplog, tmp_path):
 def test_what_does_not_fit_is_refused(small, tmp_path):
     with pytest.raises(CheckpointError, match=r"does not fit the architecture .*another shape"):
         load(small, architecture="ViT-B-32")
-    with pytest.raises(ConfigError, match="no architecture 'ViT-B-31': choose ViT-B-32"):
+    with pytest.raises(ConfigError, match="an architecture 'ViT-B-31': choose ViT-B-32"):
         load(small, architecture="ViT-B-31")
     with pytest.raises(CheckpointError, match="'ViT-S-7' is for a file of weights"):
         load(small.parent, architecture="ViT-S-7")
@@ -59,6 +69,45 @@ def test_every_name_is_found():
     names = list(state_dict.architectures())
     assert len(names) == 158  # the image-text architectures of open_clip's main branch
     assert [state_dict.find_architecture(name.lower()) for name in names] == names
+
+
+def test_a_vision_tower_of_timm_by_name(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "one_timm", folder)
+    about = json.loads((folder / "config.json").read_text())
+    shapes = json.loads((folder / "shapes.json").read_text())
+    tensors = [(name, seeded(name, tuple(shape))) for name, shape in shapes.items()]
+    write_safetensors(folder / "model.safetensors", tensors, {})
+    bundle = load(folder / "model.safetensors", architecture=about["architecture"])
+    assert bundle.config.text.kind == "none"
+    assert bundle.config == load(folder).config
+    pixels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
+    theirs = load(folder).model.encode_image(pixels)
+    assert np.array_equal(bundle.model.encode_image(pixels), theirs)
+    with pytest.raises(ConfigError, match="choose vit_base_patch16_224"):
+        load(folder / "model.safetensors", architecture="vit_bas_patch16_224")
+    with pytest.raises(CheckpointError, match="not those of timm's vit_large_patch14_224"):
+        load(folder / "model.safetensors", architecture="vit_large_patch14_224")
+
+
+def test_a_recipe_of_ours_by_name(tmp_path, monkeypatch):
+    small = dataclasses.replace(
+        recipes.clip("B/16")["model"],
+        vision=variants.vision("B/16", **SMALL, projection="linear", pool="class"),
+        text=TextConfig(**SMALL, vocab_size=49_408, context_length=77, causal=True, pool="argmax"),
+        embed_dim=8,
+    )
+    monkeypatch.setattr(variants, "clip", lambda name, **changes: small)
+    model = DualEncoder(small, rngs=nnx.Rngs(0))
+    write_safetensors(tmp_path / "mine.safetensors", flat_arrays(model), {})
+    bundle = load(tmp_path / "mine.safetensors", architecture="clip_b/16")
+    tokens = jnp.asarray(bundle.tokenizer(["a cat"]))
+    assert np.array_equal(bundle.model.encode_text(tokens), model.encode_text(tokens))
+    with pytest.raises(CheckpointError, match=r"no vocabulary of SigLIP's: put its tokenizer.json"):
+        load(tmp_path / "mine.safetensors", architecture="siglip-B/16")
+
+
+SMALL = {"width": 16, "depth": 1, "heads": 2, "mlp_dim": 16}
 
 
 # NaFlex towers that have no public weights, open_clip's own text tower with a vocabulary of

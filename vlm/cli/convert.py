@@ -28,7 +28,8 @@ def convert(
     Args:
         format: output format.
         dtype: type of the weights; stored: that of MODEL's file.
-        architecture: Name of the architecture in open_clip, if MODEL is a file of weights alone.
+        architecture: Name of the architecture, if MODEL is a file of weights alone: open_clip's,
+            such as ViT-B-32, timm's of a plain ViT, or a recipe's such as clip-B/16.
     """
     folder = options.new_folder(out)
     runtime.prepare_inference()

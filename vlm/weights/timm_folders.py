@@ -80,7 +80,36 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
         )
     pool = arguments.get("global_pool") or values.get("global_pool") or ""
     pool = choice(pool, ("", *_POOLS), f"{where}: global_pool")
-    tensors = timm.with_biases(_in_trunk(weights(folder, *huggingface.WEIGHTS)))
+    tensors = weights(folder, *huggingface.WEIGHTS)
+    return _described(folder.name, name, pool, preprocess, tensors, where)
+
+
+def from_state_dict(path: epath.Path, name: str, tensors: Tensors) -> Checkpoint:
+    """Describe a file of weights of timm's ViT `name`, with timm's default preprocessing.
+
+    Raises:
+        CheckpointError: weights of another model.
+    """
+    where = f"{path} as {name}"
+    table = tensors.shapes.get("pos_embed", ())
+    if len(table) != 3:
+        raise CheckpointError(f"{where}: the weights are not those of timm's {name}")
+    tower = timm.named_tower(name)
+    # The table may have the class token and the registers, or the patches alone.
+    side = max(1, math.isqrt(table[1])) * tower.patch_size
+    preprocess = _preprocess({"input_size": [3, side, side]}, where)
+    return _described(path.stem, name, "", preprocess, tensors, where)
+
+
+def _described(
+    title: str, name: str, pool: str, preprocess: PreprocessConfig, tensors: Tensors, where: str
+) -> Checkpoint:
+    """Describe a tower `name` whose tensors have timm's own names.
+
+    Raises:
+        CheckpointError: weights of another model.
+    """
+    tensors = timm.with_biases(_in_trunk(tensors))
     try:
         vision = timm.vision_config(name, preprocess.image_size, pool, "none", tensors.shapes)
         if vision.width != timm.named_tower(name).width:  # then the heads would be of another one
@@ -89,7 +118,7 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
         raise CheckpointError(f"{where}: the weights are not those of timm's {name}") from None
     assert isinstance(vision, ViTConfig)
     return vision_checkpoint(
-        folder.name,
+        title,
         vision,
         vision.width,
         preprocess,
