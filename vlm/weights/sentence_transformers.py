@@ -19,6 +19,7 @@ from vlm.weights.checkpoint import Checkpoint, Computed, ComputedTensors, weight
 from vlm.weights.fields import boolean, choice, fields, integer, read_json, read_list, string
 from vlm.weights.files import Tensors
 from vlm.weights.layers import block, linear, norm
+from vlm.weights.not_read import refuse_by_name
 from vlm.weights.one_tower import SCALE, with_scale
 from vlm.weights.rules import Rule
 from vlm.weights.text_encoders import bert_positions, bert_rules, first_position
@@ -86,6 +87,7 @@ def modules(folder: epath.Path, files: Collection[str], names: Collection[str]) 
 
 def check_encoder(values: dict[str, Any], where: str) -> None:
     """Raise a CheckpointError if the `config.json` of a text encoder is not one that vlm reads."""
+    refuse_by_name(values, where)
     choice(values.get("model_type"), (*_BERTS, "distilbert"), f"{where}: model_type")
 
 
@@ -98,6 +100,7 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
     (_, path), *rest = _modules(folder / MODULES)
     inner = folder / path if path else folder
     values = read_json(inner / "config.json")
+    refuse_by_name(values, os.fspath(inner / "config.json"))
     if rest and rest[-1][0] == "Normalize":  # as vlm does
         rest = rest[:-1]
     if values.get("model_type") in (*_BERTS, "distilbert"):

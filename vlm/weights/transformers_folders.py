@@ -29,6 +29,7 @@ from vlm.weights import (
 )
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.fields import choice, read_json
+from vlm.weights.not_read import refuse_by_name
 
 FAMILIES = (
     huggingface,
@@ -83,5 +84,6 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
         CheckpointError: another type of model, an option that vlm does not support, or an invalid
             size.
     """
+    refuse_by_name(values, where)
     reader = _READERS[choice(values.get("model_type"), _READERS, f"{where}: model_type")]
     return reader.model_config(values, where)

@@ -1,0 +1,50 @@
+"""Types of models that are popular as embedders and that vlm does not read, with the reasons."""
+
+import json
+from typing import Any
+
+from vlm.errors import CheckpointError
+
+_GENERATIVE = (
+    "an embedder on a generative language model, which is another architecture than vlm's towers: "
+    "encode with its own library, and search the embeddings with vlm.RetrievalIndex, or several "
+    "vectors per item with vlm.heads.MultiVectorIndex"
+)
+_LLM = (
+    "a CLIP whose texts are embedded by a language model of billions of parameters, which vlm does "
+    "not have: use its base CLIP, or siglip2-large for long captions"
+)
+# Texts of these are BERTs with other attention than vlm's.
+_JINA = (
+    "jina-clip, whose text tower (ALiBi or rotary positions, adapters by task) vlm does not have: "
+    "use siglip2-base, or ViT-H-14-worldwide for many languages"
+)
+_NOMIC = (
+    "of nomic-embed, whose text tower (rotary positions) and attention pool of images vlm does not "
+    "have: use siglip2-base, or clip-ViT-B-32-multilingual-v1 for texts"
+)
+_REASONS = {
+    "jina_clip": _JINA,
+    "nomic_bert": _NOMIC,
+    **dict.fromkeys(
+        (
+            "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe",
+            "colpali", "colqwen2", "colqwen2_5", "colqwen3", "colmodernvbert", "colidefics3",
+            "modernvbert", "paligemma", "llava", "llava_next", "llava_qwen2", "llava_onevision",
+            "idefics2", "idefics3", "smolvlm", "phi3_v", "mllama",
+            "jina_embeddings_v4", "jina_embeddings_v5_omni",
+        ),
+        _GENERATIVE,
+    ),
+}  # fmt: skip
+
+
+def refuse_by_name(values: dict[str, Any], where: str) -> None:
+    """Raise a CheckpointError with the reason, if a `config.json` is of one of these types."""
+    kind = values.get("model_type")
+    reason = _REASONS.get(kind) if isinstance(kind, str) else None
+    name = f"of the type {kind}"
+    if "LLM2CLIP" in json.dumps([values.get("architectures"), values.get("auto_map")]):
+        name, reason = "LLM2CLIP", _LLM
+    if reason is not None:
+        raise CheckpointError(f"{where} is {name}, {reason}")
