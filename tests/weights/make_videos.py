@@ -11,7 +11,16 @@ import torch
 from make_dual_encoders import text_of, vocabulary_of
 from make_huggingface import TEXTS, randomise, tokenizer_files
 from PIL import Image
-from transformers import VideoMAEImageProcessorPil, XCLIPConfig, XCLIPModel
+from transformers import (
+    LlavaOnevisionVideoProcessor,
+    VideoMAEImageProcessorPil,
+    VideoPrismClipModel,
+    VideoPrismConfig,
+    VideoPrismProcessor,
+    VideoPrismTokenizer,
+    XCLIPConfig,
+    XCLIPModel,
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FRAMES = 4
@@ -22,20 +31,19 @@ def videos(seed) -> list[np.ndarray]:
     return [rng.integers(0, 256, (FRAMES, *size, 3), np.uint8) for size in [(40, 57), (33, 31)]]
 
 
-def record(name, model, processor, vocabulary, length, pad, eos, seed, pixels, embed) -> None:
-    """Save a model, its inputs and its outputs (`embed` returns videos, texts and logits)."""
+def saved(name, model, processor, seed) -> pathlib.Path:
+    """Save a model with random weights in a new folder."""
     randomise(model, seed)
     model.eval()
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    tokenizer_files(folder, vocabulary, "PreTrainedTokenizerFast", pad, eos)
-    vocabulary.enable_padding(length=length, pad_id=pad, pad_token=vocabulary.id_to_token(pad))
-    vocabulary.enable_truncation(length)
-    encoded = vocabulary.encode_batch(TEXTS)
-    tokens = torch.tensor([e.ids for e in encoded])
-    mask = torch.tensor([e.attention_mask for e in encoded])
+    return folder
+
+
+def record(folder, model, tokens, mask, seed, pixels, embed) -> None:
+    """Write inputs and outputs of a model (`embed` returns videos, texts and logits)."""
     with torch.no_grad():
         z_video, z_text, logits = embed(model, pixels, tokens, mask)
     np.savez_compressed(
@@ -80,8 +88,52 @@ def xclip(name, seed, projection_dim=24) -> None:
         z_text = model.get_text_features(tokens, mask).pooler_output
         return z_video, z_text, out.logits_per_video
 
-    record(name, XCLIPModel(config), processor, made[0], 13, pad, eos, seed, pixels, embed)
+    model, vocabulary = XCLIPModel(config), made[0]
+    folder = saved(name, model, processor, seed)
+    tokenizer_files(folder, vocabulary, "PreTrainedTokenizerFast", pad, eos)
+    vocabulary.enable_padding(length=13, pad_id=pad, pad_token=vocabulary.id_to_token(pad))
+    vocabulary.enable_truncation(13)
+    encoded = vocabulary.encode_batch(TEXTS)
+    tokens = torch.tensor([e.ids for e in encoded])
+    mask = torch.tensor([e.attention_mask for e in encoded])
+    record(folder, model, tokens, mask, seed, pixels, embed)
+
+
+def videoprism(name, seed) -> None:
+    specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters = [(letter, -3 - i / 100) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz!é")]
+    words = [("▁a", -2.5), ("▁photo", -3.9), ("▁of", -3.8), ("cat", -3.7), ("▁very", -3.6)]
+    vocabulary = [*specials, *letters, *words]
+    common = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 42}
+    vision = common | {
+        "image_size": 36, "tubelet_size": [1, 9, 9], "num_frames": FRAMES, "num_spatial_layers": 3,
+        "num_temporal_layers": 2, "num_auxiliary_layers": 2, "attn_logit_softcapping": 1.5,
+    }  # fmt: skip
+    text = common | {
+        "vocab_size": len(vocabulary), "num_hidden_layers": 2, "max_position_embeddings": 13,
+        "attn_logit_softcapping": 2.0,
+    }  # fmt: skip
+    model = VideoPrismClipModel(VideoPrismConfig(text_config=text, vision_config=vision))
+    size = {"height": 36, "width": 36}
+    frames = LlavaOnevisionVideoProcessor(
+        size=size, do_normalize=False, do_sample_frames=True, num_frames=FRAMES
+    )
+    # Its extra tokens have no row in the embedding table, as in the published models.
+    processor = VideoPrismProcessor(frames, VideoPrismTokenizer(vocab=vocabulary, extra_ids=5))
+    folder = saved(name, model, processor, seed)
+    made = [processor(videos=[v], return_tensors="pt") for v in videos(seed)]
+    pixels = torch.cat([one["pixel_values_videos"] for one in made])
+    options = {"padding": "max_length", "truncation": True, "max_length": 13}
+    encoded = processor(text=TEXTS, return_tensors="pt", **options)
+
+    def embed(model, pixels, tokens, mask):
+        z_video = model.get_video_features(pixels).pooler_output[:, 0]
+        z_text = model.get_text_features(tokens, mask).pooler_output
+        return z_video, z_text, z_video @ z_text.T
+
+    record(folder, model, encoded["input_ids"], encoded["attention_mask"], seed, pixels, embed)
 
 
 if __name__ == "__main__":
     xclip("video_xclip", seed=71)
+    videoprism("video_videoprism", seed=72)

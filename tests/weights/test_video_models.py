@@ -13,6 +13,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.heads import VideoEncoder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+PRISM = "video_videoprism"
 MODELS = sorted(path.parent.name for path in GOLDEN.glob("video_*/video.npz"))
 
 
@@ -75,7 +76,7 @@ def test_what_needs_images_says_so(case, tmp_path):
         vlm.export(model, tmp_path / "program")
     with pytest.raises(ConfigError, match="takes videos, and vlm trains on images"):
         vlm.Experiment(model=model.config)
-    with pytest.raises(ConfigError, match="a tower of videos takes only 32 pixels"):
+    with pytest.raises(ConfigError, match=r"a tower of videos takes only 3[26] pixels"):
         vlm.load(GOLDEN / model.name, image_size=64)
 
 
@@ -110,6 +111,13 @@ def test_text_prompts_of_xclip_depend_on_the_video(tmp_path):
         ("video_xclip", None, {"prompt_layers": 3}, "missing from the file"),
         ("video_xclip", None, {"prompt_num_attention_heads": 5}, "prompt_heads 5 does not divide"),
         ("video_xclip", "vision_config", {"num_frames": 8}, "of another shape"),
+        (PRISM, None, {"architectures": ["VideoPrismVideoModel"]}, "vlm reads VideoPrismClipModel"),
+        (PRISM, "vision_config", {"tubelet_size": [2, 9, 9]}, r"tubelet_size is \[2, 9, 9\]: vlm"),
+        (PRISM, "vision_config", {"tubelet_size": [1, 9, 6]}, "tubelet_size is 9: vlm supports 6"),
+        (PRISM, "vision_config", {"qkv_bias": False}, "qkv_bias is False: vlm supports True"),
+        (PRISM, "text_config", {"apply_l2norm": False}, "apply_l2norm is False: vlm supports True"),
+        (PRISM, "text_config", {"hidden_act": "gelu"}, "hidden_act is 'gelu': vlm supports relu"),
+        (PRISM, "vision_config", {"num_frames": 8}, "of another shape"),
     ],
 )
 def test_configs_that_differ_are_refused_by_name(name, part, changes, message, tmp_path):
@@ -118,4 +126,25 @@ def test_configs_that_differ_are_refused_by_name(name, part, changes, message, t
     (values[part] if part else values).update(changes)
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises((CheckpointError, ConfigError), match=message):
+        vlm.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"video_processor_type": "Qwen2VLVideoProcessor"}, "video_processor_type is 'Qwen2VL"),
+        ({"fps": 2}, "fps is 2: vlm samples num_frames"),
+        ({"do_center_crop": True, "crop_size": {"height": 40, "width": 40}}, "crops to 40"),
+        ({"do_rescale": False}, "turns do_rescale off"),
+    ],
+)
+def test_processors_that_differ_are_refused_by_name(changes, message, tmp_path):
+    folder = shutil.copytree(GOLDEN / PRISM, tmp_path / PRISM)
+    values = json.loads((folder / "processor_config.json").read_text())
+    values["video_processor"].update(changes)
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message):
+        vlm.load(folder)
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no video_preprocessor_config\.json"):
         vlm.load(folder)

@@ -67,6 +67,7 @@ from vlm.config.training import Experiment as Experiment
 from vlm.config.training import MeshConfig as MeshConfig
 from vlm.config.training import RematPolicy as RematPolicy
 from vlm.config.training import loss_name as loss_name
+from vlm.config.video_towers import VideoPrismConfig as VideoPrismConfig
 from vlm.config.video_towers import XCLIPConfig as XCLIPConfig
 
 __getattr__ = renamed(__name__, {"VisionConfig": "vlm.config.towers.ViTConfig"})

@@ -87,7 +87,7 @@ _FLOATS = _by_field(
         Bounds(0, 1e9): ("alpha", "weight", "caption_weights", "task", "relations", "features"),
         Bounds(0, 1e9, open_low=True): (
             "init_scale", "epochs", "temperature", "mixture_temperature", "eps", "clip_norm",
-            "max_scale", "seconds", "checkpoint_minutes", "keep_hours", "rotary_bases",
+            "max_scale", "seconds", "checkpoint_minutes", "keep_hours", "rotary_bases", "softcap",
         ),
         Bounds(-1e300, 1e300): ("at_least", "at_most", "options"),
     }

@@ -27,7 +27,7 @@ LOSS_SCORES: dict[Loss, Literal["softmax", "sigmoid"]] = {
     "sigmoid": "sigmoid",
 }
 # Poolings of a text tower: how the positions become one vector.
-TextPool = Literal["end", "argmax", "first", "last", "class", "mean", "max", "map"]
+TextPool = Literal["end", "argmax", "first", "last", "class", "appended", "mean", "max", "map"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class TextConfig(Config):
         causal: Use causal attention, as CLIP does.
         pool: Pooling. end: the first end token; argmax: the token of the highest id, which in
             OpenAI's vocabulary is the end token; first, last: by position; class: a learned last
-            token (CoCa); mean, max: of all; map: attention pooling.
+            token (CoCa); appended: one without a position (VideoPrism); mean, max: of all; map:
+            attention pooling.
         end_id: For pool end: id of the end token.
         positions: Position embeddings. learned: a table; sinusoidal: fixed sines, then cosines
             (arXiv:1706.03762, in the layout of tensor2tensor).
@@ -59,6 +60,7 @@ class TextConfig(Config):
         embedding_norm: For norm pre: add a norm after the embeddings, as norm post has (FLAVA).
         last_norm: For norm post: one more norm after the blocks (AltCLIP).
         pooler: For norm post: a linear layer and a tanh after pooling (BERT's pooler).
+        softcap: Bound of the attention logits, by a tanh (VideoPrism). None: no bound.
         projection: Layer from the pooled token to the shared space. mlp: two layers without
             biases; the hidden width is the mean of both widths; mlp_relu: two layers with biases
             and a ReLU (GroupViT).
@@ -95,6 +97,7 @@ class TextConfig(Config):
     norm_eps: float = 1e-6
     dropout: float = 0.0
     norm_kind: NormKind = "layer"
+    softcap: float | None = None
     mlp: MlpKind = "plain"
     embedding_norm: bool = False
     projection_dim: int = 4096
@@ -109,12 +112,12 @@ class TextConfig(Config):
 
     def tokens(self, *, masking: float = 0.0) -> int:
         """Number of tokens in the blocks, with a class token; `masking` is the dropped fraction."""
-        return kept_tokens(self.context_length, masking) + (self.pool == "class")
+        return kept_tokens(self.context_length, masking) + (self.pool in ("class", "appended"))
 
     @property
     def ignores_padding(self) -> bool:
         """Whether padding at the end of a text has no influence on its embedding."""
-        if self.pool in ("last", "class"):  # read by position
+        if self.pool in ("last", "class", "appended"):  # read by position
             return False
         return self.pad_id is not None or (self.causal and self.pool in ("end", "argmax"))
 

@@ -12,7 +12,7 @@ from vlm.config.groupvit import GroupViTConfig
 from vlm.config.module_towers import VisionModuleConfig
 from vlm.config.resnet_v1 import ResNetV1Config
 from vlm.config.swin import SwinConfig
-from vlm.config.video_towers import XCLIPConfig
+from vlm.config.video_towers import VideoPrismConfig, XCLIPConfig
 from vlm.errors import ConfigError
 
 # Activation functions of a tower.
@@ -472,6 +472,7 @@ VisionTowerConfig = (
     | SwinConfig
     | ResNetV1Config
     | GroupViTConfig
+    | VideoPrismConfig
     | VisionModuleConfig
     | NoVisionConfig
 )

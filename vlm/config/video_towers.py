@@ -9,6 +9,67 @@ from vlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class VideoPrismConfig(VisionTower):
+    """VideoPrism-LvT's vision tower (Zhao et al., 2024, arXiv:2402.13217).
+
+    Args:
+        frames: Number of frames of a video.
+        image_size: Side of the square frames, in pixels.
+        patch_size: Side of a patch, in pixels.
+        width: Width of the tokens, and of the embedding.
+        depth: Number of blocks over the patches of a frame.
+        time_depth: Number of blocks over the frames of a patch.
+        joint_depth: Number of blocks over all patches of all frames.
+        heads: Number of attention heads.
+        mlp_dim: Width of the hidden layer of a block's MLP, and of the pooling.
+        softcap: Bound of the attention logits.
+        norm_eps: Epsilon of the layer norms.
+
+    Example:
+        >>> from vlm.config import VideoPrismConfig
+        >>> VideoPrismConfig(frames=8).tokens()
+        256
+    """
+
+    kind: ClassVar[str] = "videoprism"
+    attends: ClassVar[bool] = True
+    projection: ClassVar[str] = "none"
+
+    frames: int = 16
+    image_size: int = 288
+    patch_size: int = 18
+    width: int = 768
+    depth: int = 12
+    time_depth: int = 4
+    joint_depth: int = 2
+    heads: int = 12
+    mlp_dim: int = 3072
+    softcap: float = 50.0
+    norm_eps: float = 1e-6
+
+    def check(self):
+        check_heads(self)
+        super().check()
+        if self.mlp_dim % self.heads:
+            raise ConfigError(
+                f"VideoPrismConfig.mlp_dim {self.mlp_dim} is not a multiple of heads {self.heads}, "
+                "as the pooling needs: choose heads that divide it"
+            )
+
+    @property
+    def video_frames(self) -> int:
+        return self.frames
+
+    @property
+    def one_size(self) -> str:
+        return "tower of videos"
+
+    def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
+        """Number of tokens of a frame."""
+        return ((image_size or self.image_size) // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
 class XCLIPConfig(VisionTower):
     """X-CLIP's vision tower, with prompts of texts that depend on the video (arXiv:2208.02816).
 

@@ -31,9 +31,9 @@ class TextTower(nnx.Module):
         self.dtype = dtype
         table, position = nnx.initializers.normal(0.02), nnx.initializers.normal(0.01)
         self.embedding = nnx.Param(table(rngs.params(), (c.vocab_size, c.width)))
-        has_class = c.pool == "class"
+        has_class = c.pool in ("class", "appended")
         self.class_token = nnx.Param(position(rngs.params(), (c.width,))) if has_class else None
-        count = c.context_length + has_class
+        count = c.context_length + (c.pool == "class")
         learned = c.positions == "learned"
         self.position = nnx.Param(position(rngs.params(), (count, c.width))) if learned else None
         post = c.norm == "post"
@@ -52,6 +52,7 @@ class TextTower(nnx.Module):
             norm=c.norm,
             norm_kind=c.norm_kind,
             mlp=c.mlp,
+            softcap=c.softcap,
             execution=execution,
             rngs=rngs,
         )
@@ -96,7 +97,7 @@ class TextTower(nnx.Module):
         x = x * c.width**0.5 if c.scale_embedding else x
         x = capture(intermediates, "embedding", x)
         real = None if c.pad_id is None else tokens != c.pad_id  # (b, n)
-        if self.class_token is not None:
+        if self.class_token is not None and c.pool == "class":
             last = self.class_token[...].astype(self.dtype)
             x = jnp.concatenate([x, jnp.broadcast_to(last, (x.shape[0], 1, len(last)))], axis=1)
             if real is not None:
@@ -106,6 +107,11 @@ class TextTower(nnx.Module):
             x = x + sinusoids(x.shape[1], c.width).astype(self.dtype)
         else:
             x = x + self.position[...].astype(self.dtype)[: x.shape[1]]
+        if self.class_token is not None and c.pool == "appended":
+            last = self.class_token[...].astype(self.dtype)
+            last = last * c.width**0.5 if c.scale_embedding else last
+            x = jnp.concatenate([x, jnp.broadcast_to(last, (x.shape[0], 1, len(last)))], axis=1)
+            real = None if real is None else jnp.pad(real, ((0, 0), (0, 1)), constant_values=True)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         mask = None if real is None else real[:, None, None, :]

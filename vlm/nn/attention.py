@@ -101,11 +101,21 @@ def _cudnn_takes(query: Array) -> bool:
     return re.fullmatch(r"\d+\.\d+", generation) is not None and float(generation) >= 8
 
 
-def _attend_by_head(query, key, value, mask, *, causal, intermediates: Intermediates | None = None):
+def _attend_by_head(
+    query,
+    key,
+    value,
+    mask,
+    *,
+    causal,
+    softcap: float | None = None,
+    intermediates: Intermediates | None = None,
+):
     """Attention with a leading head axis, for which XLA's CPU products are fastest."""
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # (b, h, n, d)
     logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
     logits = logits * (query.shape[-1] ** -0.5)
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     if causal:
         visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         mask = visible if mask is None else mask & visible
@@ -124,19 +134,25 @@ def attend_captured(
     mask: Bool[Array, "#b #h #q k"] | None = None,
     *,
     causal: bool = False,
+    softcap: float | None = None,
     intermediates: Intermediates | None = None,
 ) -> Float[Array, "b q h d"]:
-    """`attend`; with `intermediates`, capture the weights "attention", without a fused kernel."""
-    if intermediates is None:
+    """`attend`; with `intermediates`, capture the weights "attention".
+
+    `softcap` bounds the logits to that size. Both need an implementation without a fused kernel.
+    """
+    if intermediates is None and softcap is None:
         return attend(query, key, value, mask, causal=causal)
-    return _attend_by_head(query, key, value, mask, causal=causal, intermediates=intermediates)
+    options: dict = {"causal": causal, "softcap": softcap, "intermediates": intermediates}
+    return _attend_by_head(query, key, value, mask, **options)
 
 
 class Attention(nnx.Module):
     """Multi-head attention: projections of shape (width, heads, head_dim) and back.
 
     The context may have another width, `context_width`, and the result `output_width`. With
-    `norm_eps`, the attention output is normalised before the output projection.
+    `norm_eps`, the attention output is normalised before the output projection. `softcap` bounds
+    the logits, as in Gemma 2 (arXiv:2408.00118).
 
     Example:
         >>> from flax import nnx
@@ -154,9 +170,11 @@ class Attention(nnx.Module):
         output_width: int | None = None,
         key_bias: bool = True,
         norm_eps: float | None = None,
+        softcap: float | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        self.softcap = softcap
         init = nnx.initializers.xavier_uniform()
         project = functools.partial(nnx.LinearGeneral, kernel_init=init, dtype=dtype, rngs=rngs)
         split = (heads, width // heads)
@@ -197,6 +215,7 @@ class Attention(nnx.Module):
         query, key, value = (y.reshape(*y.shape[:2], heads, head_dim) for y in (query, key, value))
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        y = attend_captured(query, key, value, mask, causal=causal, intermediates=intermediates)
+        options: dict = {"causal": causal, "softcap": self.softcap, "intermediates": intermediates}
+        y = attend_captured(query, key, value, mask, **options)
         y = checkpoint_name(y.reshape(*x.shape[:2], -1), ATTENDED)
         return linear(self.out, y if self.norm is None else self.norm(y))

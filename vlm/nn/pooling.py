@@ -159,6 +159,7 @@ TEXT_POOLS: dict[TextPool, Callable] = {
     "argmax": _one_token(lambda tokens, config: jnp.argmax(tokens, axis=1)),
     "first": lambda x, norm, tokens, real, config: norm(x[:, 0]),
     "last": lambda x, norm, tokens, real, config: norm(x[:, -1]),
+    "appended": lambda x, norm, tokens, real, config: norm(x[:, -1]),
     "class": lambda x, norm, tokens, real, config: norm(x[:, -1]),
     "mean": lambda x, norm, tokens, real, config: mean_pool(norm(x), real),
     "max": lambda x, norm, tokens, real, config: max_pool(norm(x), real),

@@ -71,6 +71,7 @@ class Block(nnx.Module):
         mlp: MlpKind = "plain",
         attention_norm: bool = False,
         key_bias: bool = True,
+        softcap: float | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -81,6 +82,7 @@ class Block(nnx.Module):
             heads,
             key_bias=key_bias,
             norm_eps=norm_eps if attention_norm else None,
+            softcap=softcap,
             dtype=dtype,
             rngs=rngs,
         )

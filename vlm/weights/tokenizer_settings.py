@@ -34,7 +34,7 @@ HARMLESS = {
     "clean_up_tokenization_spaces", "spaces_between_special_tokens", "use_default_system_prompt",
     "use_fast", "trust_remote_code", "max_length", "stride", "truncation_strategy",
     "pad_to_multiple_of", "pad_token_type_id", "padding", "truncation", "return_tensors",
-    "return_token_type_ids", "return_attention_mask", "token_type_ids_pattern",
+    "return_token_type_ids", "return_attention_mask", "token_type_ids_pattern", "extra_ids",
     "token_type_ids_include_special_tokens", "add_prefix_space", "legacy", "legacy_behaviour",
     "use_token_type_ids", "language", "src_lang", "tgt_lang", "lang_codes", "sp_model_file",
     "spm_file", "cls_token_id", "verbose", "device_map", "remove_space", "keep_accents",

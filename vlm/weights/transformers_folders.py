@@ -24,6 +24,7 @@ from vlm.weights import (
     huggingface,
     one_tower,
     tipsv2,
+    videoprism,
     vision_text,
     xclip,
 )
@@ -45,6 +46,7 @@ FAMILIES = (
     flava,
     xclip,
     groupvit,
+    videoprism,
 )
 _READERS: dict[str, ModuleType] = {
     name: family for family in FAMILIES for name in family.MODEL_TYPES

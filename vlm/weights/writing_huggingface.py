@@ -9,13 +9,14 @@ from vlm.config import (
     ModelConfig,
     NoTextConfig,
     PreprocessConfig,
+    VideoPrismConfig,
     ViTConfig,
     XCLIPConfig,
 )
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import huggingface, xclip
+from vlm.weights import huggingface, videoprism, xclip
 from vlm.weights import writing_parts as parts
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import flat_arrays, write
@@ -59,6 +60,9 @@ def write_huggingface(
     if isinstance(config.vision, EfficientNetConfig):
         values, tensors = align_config(config, tokenizer), align_tensors(model)
         processor = align_preprocess(preprocess.config)
+    elif isinstance(config.vision, VideoPrismConfig):
+        values, tensors = videoprism.values_of(config), videoprism.tensors_of(model)
+        processor = videoprism.processor_of(preprocess.config, config.vision.frames)
     elif isinstance(config.vision, XCLIPConfig):
         values, tensors = xclip.values_of(config, tokenizer), write(model, xclip.rules())
         processor = _preprocess(preprocess.config, "xclip", "VideoMAEImageProcessor")
@@ -91,7 +95,9 @@ def write_huggingface(
         processor = _preprocess(preprocess.config, values["model_type"])
     largest = max((array for _, array in flat_arrays(model)), key=lambda array: array.size)
     parts.dump(folder / "config.json", values | {"dtype": str(largest.dtype)})
-    parts.dump(folder / "preprocessor_config.json", processor)
+    video = isinstance(config.vision, VideoPrismConfig)
+    name = "video_preprocessor_config.json" if video else "preprocessor_config.json"
+    parts.dump(folder / name, processor)
     if not isinstance(config.text, NoTextConfig):
         tokenizer_files(folder, tokenizer, **settings)
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
@@ -113,6 +119,7 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
         common["max_patches"] = None
     common |= {"norm_pooled": False, "layer_scale": False, "pool_heads": None, "pool_mlp_dim": None}
     common_text = {"layer_scale": False, "pad_id": None, "norm": "pre", "scale_embedding": False}
+    common_text["softcap"] = None
     if clip:
         wanted = (
             common | {"pre_norm": True, "patch_bias": False, "projection": "linear"},
