@@ -148,3 +148,12 @@ def test_processors_that_differ_are_refused_by_name(changes, message, tmp_path):
     (folder / "processor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no video_preprocessor_config\.json"):
         vlm.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["clap", "pe_audio", "pe_audio_video", "pe_video"])
+def test_models_of_sound_are_refused_with_the_reason(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(
+        CheckpointError, match=rf"the type {kind}, (which embeds sound|the video half)"
+    ):
+        vlm.load(tmp_path)

@@ -38,6 +38,7 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIGS = (BUNDLE_FILE, "config.json", "open_clip_config.json", sentence_transformers.MODULES)
 _INPUTS = (
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "tokenizer_config.json",
     "tokenizer.json",

@@ -23,6 +23,7 @@ _NOMIC = (
     "of nomic-embed, whose text tower (rotary positions) and attention pool of images vlm does not "
     "have: use siglip2-base, or clip-ViT-B-32-multilingual-v1 for texts"
 )
+_SOUND = "which embeds sound: vlm has towers of images, videos and texts"
 _REASONS = {
     "jina_clip": _JINA,
     "nomic_bert": _NOMIC,
@@ -36,6 +37,9 @@ _REASONS = {
         ),
         _GENERATIVE,
     ),
+    **dict.fromkeys(("clap", "pe_audio", "pe_audio_video"), _SOUND),
+    "pe_video": "the video half of PE-AV, whose encoder vlm does not have: use encode_video of a "
+    "Perception Encoder in open_clip's layout",
 }  # fmt: skip
 
 
