@@ -1,4 +1,4 @@
-"""Writes goldens of AIMv2, FLAVA, OWLv2 and GroupViT: small random models.
+"""Writes goldens of AIMv2, FLAVA, OWLv2, GroupViT and InternVL: small random models.
 
 Run with the extra `peers` installed: python tests/weights/make_more_encoders.py [NAME ...]
 """
@@ -19,8 +19,11 @@ from transformers import (
     FlavaForPreTraining,
     FlavaImageProcessorPil,
     FlavaModel,
+    GotOcr2ImageProcessorPil,
     GroupViTConfig,
     GroupViTModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     Owlv2Config,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessorPil,
@@ -86,6 +89,18 @@ def groupvit(name: str, seed: int) -> None:
     record(name, model, CLIPImageProcessorPil(**CROP), "clip", made, seed, embed)
 
 
+def internvl(name: str, seed: int, **options) -> None:
+    config = InternVLVisionConfig(**VISION, **options)
+    processor = GotOcr2ImageProcessorPil(size={"height": 40, "width": 40})
+    mean = config.use_mean_pooling
+
+    def pooled(out):
+        hidden = out.last_hidden_state
+        return hidden[:, 1:].mean(1) if mean else hidden[:, 0]
+
+    record_vision(name, InternVLVisionModel(config), processor, seed, pooled)
+
+
 MODELS = {
     "hf_aimv2": lambda: aimv2("hf_aimv2", 31),
     "one_aimv2": lambda: record_vision(
@@ -97,6 +112,10 @@ MODELS = {
     "hf_flava": lambda: flava("hf_flava", FlavaModel, 33, qkv_bias=False),
     "hf_owlv2": lambda: owlv2("hf_owlv2", 35),
     "hf_groupvit": lambda: groupvit("hf_groupvit", 36),
+    "one_internvl": lambda: internvl("one_internvl", 37, norm_type="rms_norm"),
+    "one_internvl_class": lambda: internvl(
+        "one_internvl_class", 38, use_mean_pooling=False, attention_bias=True, use_mask_token=True
+    ),
     "hf_flava_pretraining": lambda: flava("hf_flava_pretraining", FlavaForPreTraining, 34),
 }
 

@@ -58,7 +58,7 @@ def prepare(name, model, seed) -> pathlib.Path:
     model.eval()
     with torch.no_grad():
         for parameter, value in model.named_parameters():
-            if "lambda1" in parameter:  # scales of branches, which random values would turn off
+            if "lambda" in parameter:  # scales of branches, which random values would turn off
                 value.mul_(2).add_(0.5)
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)

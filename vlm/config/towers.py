@@ -57,6 +57,7 @@ class ViTConfig(VisionTower):
         registers: Number of learned register tokens before the patches (arXiv:2309.16588).
         pre_norm: Add a norm between the embedding and the blocks (CLIP).
         stem_norm: Add a norm between the patch embedding and the positions (AIMv2).
+        last_norm: Add a norm after the blocks; InternVL has none.
         norm_pooled: Normalise after mean pooling, in place of before it.
         layer_scale: Learn a scale for each channel of each branch of a block (arXiv:2103.17239).
         norm: Position of the layer norms. pre: before each branch; branch: after each branch,
@@ -126,6 +127,7 @@ class ViTConfig(VisionTower):
     position: bool = True
     stem_norm: bool = False
     norm_kind: NormKind = "layer"
+    last_norm: bool = True
 
     def check(self):
         check_heads(self)

@@ -79,7 +79,7 @@ class ViTTower(nnx.Module):
             rngs=rngs,
         )
         pooled_width = embed_dim if c.pool == "query" else c.width
-        self.norm = norm(pooled_width, c.norm_eps, rngs=rngs)
+        self.norm = norm(pooled_width, c.norm_eps, rngs=rngs) if c.last_norm else None
         heads = c.pool_heads or c.heads
         if c.pool == "query":
             self.pool = QueryPool(
@@ -173,23 +173,23 @@ class ViTTower(nnx.Module):
         intermediates: Intermediates | None = None,
     ) -> Float[Array, "b e"]:
         """Pool and project tokens; for mean pooling, without the class token."""
-        c = self.config
+        c, norm = self.config, self.norm or (lambda x: x)
         match c.pool:
             case "class":
-                x = self.norm(x[:, 0])
+                x = norm(x[:, 0])
                 x = x if self.pooler is None else jnp.tanh(self.pooler(x))
             case "query":
                 assert isinstance(self.pool, QueryPool)
-                x = self.norm(self.pool(x, intermediates=part(intermediates, "pool")))
+                x = norm(self.pool(x, intermediates=part(intermediates, "pool")))
             case "mean":
-                x = mean_pool(x if c.norm_pooled else self.norm(x), mask)
-                x = self.norm(x) if c.norm_pooled else x
+                x = mean_pool(x if c.norm_pooled else norm(x), mask)
+                x = norm(x) if c.norm_pooled else x
             case "probe":
                 assert isinstance(self.pool, ProbePool)
-                x = self.pool(self.norm(x), intermediates=part(intermediates, "pool"))
+                x = self.pool(norm(x), intermediates=part(intermediates, "pool"))
             case "map":
                 assert isinstance(self.pool, MapPool)
-                x = self.pool(self.norm(x), mask, intermediates=part(intermediates, "pool"))
+                x = self.pool(norm(x), mask, intermediates=part(intermediates, "pool"))
             case _:
                 assert_never(c.pool)
         return x if self.projection is None else self.projection(x)

@@ -35,7 +35,7 @@ _IGNORED = {
 }  # fmt: skip
 _OFF = {
     "do_pad", "do_reduce_labels", "do_flip_channel_order", "do_grayscale", "do_thumbnail",
-    "do_align_long_axis",
+    "do_align_long_axis", "crop_to_patches",
 }  # fmt: skip
 _READ_OF = {
     "Siglip2": {"patch_size", "max_num_patches"},
@@ -43,6 +43,7 @@ _READ_OF = {
     "EfficientNet": {"rescale_offset", "include_top"},
     # Of masks and of the codebook, which have no part in an embedding.
     "Owlv2": {"do_pad"},
+    "GotOcr2": {"min_patches", "max_patches"},  # of crop_to_patches
     "Flava": {
         "return_image_mask", "input_size_patches", "total_mask_patches", "mask_group_min_patches",
         "mask_group_max_patches", "mask_group_min_aspect_ratio", "mask_group_max_aspect_ratio",
@@ -59,8 +60,8 @@ _PROCESSORS = (
     "Fgclip2ImageProcessor", "EfficientNetImageProcessor", "Tipsv2ImageProcessor",
     "ViTImageProcessor", "ViTFeatureExtractor", "BitImageProcessor", "DINOv3ViTImageProcessor",
     "BlipImageProcessor", "OwlViTImageProcessor", "OwlViTFeatureExtractor", "FlavaImageProcessor",
-    "FlavaFeatureExtractor", "Owlv2ImageProcessor", "VideoMAEImageProcessor",
-    "VideoMAEFeatureExtractor",
+    "FlavaFeatureExtractor", "Owlv2ImageProcessor", "GotOcr2ImageProcessor",
+    "VideoMAEImageProcessor", "VideoMAEFeatureExtractor",
 )  # fmt: skip
 PIL_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
@@ -111,7 +112,7 @@ def huggingface_preprocess(
         fallback = (CLIP_MEAN, CLIP_STD) if family == "crop" else ((0.5,) * 3, (0.5,) * 3)
         fallback = ((0.5,) * 3, (0.5,) * 3) if name.startswith("VideoMAE") else fallback
         fallback = (IMAGENET_MEAN, IMAGENET_STD) if dinov3 else fallback
-        clip = name.startswith(("Blip", "OwlViT", "Owlv2", "Flava"))
+        clip = name.startswith(("Blip", "OwlViT", "Owlv2", "Flava", "GotOcr2"))
         fallback = (CLIP_MEAN, CLIP_STD) if clip else fallback
         common["mean"] = _three(values.get("image_mean", fallback[0]), f"{where}: image_mean")
         common["std"] = _deviation(values.get("image_std", fallback[1]), f"{where}: image_std")
@@ -133,7 +134,7 @@ def huggingface_preprocess(
             **common,
         )
     default = 448 if tips else 346 if efficient else 224
-    default = {"Blip": 384, "OwlV": 768}.get(name[:4], default)
+    default = {"Blip": 384, "OwlV": 768, "GotO": 384}.get(name[:4], default)
     size = values.get("size", default)
     square = values.get("default_to_square")
     if square is None:

@@ -1,8 +1,10 @@
 """Vision towers of transformers, alone or as a part of another model.
 
 CLIP's and SigLIP's, ViT (arXiv:2010.11929), DINOv2 with and without registers (arXiv:2304.07193,
-arXiv:2309.16588) and DINOv3 (arXiv:2508.10104), by `model_type`. The embedding is transformers'
-`pooler_output`; that of a ViT without a pooler is its normalised class token.
+arXiv:2309.16588), DINOv3 (arXiv:2508.10104) and InternVL's (arXiv:2504.10479), by `model_type`. The
+embedding is transformers' `pooler_output`; that of a ViT without a pooler is its normalised class
+token. InternVL's class computes none: it is the mean of the patches, or the class token if
+`use_mean_pooling` is false, as its documentation describes it.
 """
 
 from collections.abc import Callable
@@ -11,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from vlm.config import ViTConfig
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, brief
 from vlm.weights import huggingface
 from vlm.weights.checkpoint import with_zero_biases
 from vlm.weights.fields import choice, integer, number
 from vlm.weights.files import Tensors
-from vlm.weights.layers import MLP, block, conv, fused, heads, linear, norm, out
+from vlm.weights.layers import MLP, block, conv, fused, heads, linear, norm, out, rms_norm
 from vlm.weights.resolution import Positions
 from vlm.weights.rules import FLAT, LINEAR, Rule, Shapes, Transform, leading
 from vlm.weights.tipsv2 import mlp_dim
@@ -41,6 +43,12 @@ _DINOV3 = _SIZES | {
     "value_bias": True, "proj_bias": True, "mlp_bias": True, "use_gated_mlp": False,
     "num_register_tokens": None,
 }  # fmt: skip
+_INTERNVL = _SIZES | {
+    "num_hidden_layers": 24, "num_attention_heads": 16, "hidden_size": 1024,
+    "intermediate_size": 4096, "image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6,
+    "attention_bias": False, "use_qk_norm": False, "norm_type": "layer_norm",
+    "use_absolute_position_embeddings": True, "use_mean_pooling": True,
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "clip_vision_model": huggingface.DEFAULTS["clip"]["vision"],
     "siglip_vision_model": huggingface.DEFAULTS["siglip"]["vision"],
@@ -49,11 +57,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2 | {"patch_size": 16, "num_register_tokens": None},
     "dinov3_vit": _DINOV3,
+    "internvl_vision": _INTERNVL,
 }
 # How transformers resizes their position embeddings.
 POSITIONS: dict[str, Positions] = {"dinov2_with_registers": "bicubic_antialias"}
 # Models of transformers that resize them without being asked.
-ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit", "internvl_vision")
 
 
 def vision_config(given: dict[str, Any], kind: str, where: str) -> ViTConfig:
@@ -62,6 +71,9 @@ def vision_config(given: dict[str, Any], kind: str, where: str) -> ViTConfig:
     Raises:
         CheckpointError: an option that vlm does not support, or a field of another type or size.
     """
+    if kind == "internvl_vision":
+        sides = {name: given[name] for name in ("image_size", "patch_size") if name in given}
+        given = given | {name: _side(side, f"{where}.{name}") for name, side in sides.items()}
     c = huggingface.fields_of_tower(given, DEFAULTS[kind], where)
     return _CONFIGS[kind](c, kind, where)
 
@@ -84,7 +96,8 @@ def without_biases(tensors: Tensors, rules: list[Rule], given: dict[str, Any]) -
     off = [
         (f".{part}.bias", f".{part[0]}_proj.bias")
         for part in ("query", "key", "value")
-        if given.get(f"{part}_bias") is False or given.get("qkv_bias") is False
+        if given.get(f"{part}_bias") is False
+        or False in (given.get("qkv_bias"), given.get("attention_bias"))
     ]
     endings = tuple(ending for pair in off for ending in pair)
     return with_zero_biases(tensors, rules, lambda name: name.endswith(endings))
@@ -155,6 +168,35 @@ def _dinov3(c: dict[str, Any], kind: str, where: str) -> ViTConfig:
     )
 
 
+def _internvl(c: dict[str, Any], kind: str, where: str) -> ViTConfig:
+    choice(c["use_qk_norm"], (False,), f"{where}.use_qk_norm")
+    choice(c["use_absolute_position_embeddings"], (True,), f"{where}.use_absolute_position_embed")
+    rms = choice(c["norm_type"], ("layer_norm", "rms_norm"), f"{where}.norm_type") == "rms_norm"
+    mean = c["use_mean_pooling"]
+    if rms and not mean:
+        raise CheckpointError(
+            f"{where} has norm_type rms_norm and use_mean_pooling false, so that its last norm is "
+            "of another kind than the others: vlm supports one kind in a tower"
+        )
+    return ViTConfig(
+        **huggingface.tower_options(c, where),
+        pool="mean" if mean else "class",
+        class_token=mean,
+        layer_scale=True,
+        last_norm=not mean,
+        norm_kind="rms" if rms else "layer",
+    )
+
+
+def _side(given: Any, where: str) -> Any:
+    """Return the side of a square that is given as one number or two."""
+    if not isinstance(given, list | tuple):
+        return given
+    if len(given) != 2 or given[0] != given[1]:
+        raise CheckpointError(f"{where} is {brief(given)}: vlm supports only squares")
+    return given[0]
+
+
 _CONFIGS: dict[str, Callable[[dict[str, Any], str, str], ViTConfig]] = {
     "clip_vision_model": _clip,
     "siglip_vision_model": _siglip,
@@ -163,6 +205,7 @@ _CONFIGS: dict[str, Callable[[dict[str, Any], str, str], ViTConfig]] = {
     "dinov2": _dinov2,
     "dinov2_with_registers": _dinov2,
     "dinov3_vit": _dinov3,
+    "internvl_vision": _internvl,
 }
 
 
@@ -190,6 +233,11 @@ _ATTENTION = {
 VIT_LAYERS = _ATTENTION | {
     "attention_norm": "layernorm_before", "mlp_norm": "layernorm_after",
     "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
+}  # fmt: skip
+_INTERNVL_LAYERS = MLP | {
+    "attention.query": "attention.q_proj", "attention.key": "attention.k_proj",
+    "attention.value": "attention.v_proj", "attention.out": "attention.projection_layer",
+    "attention_scale": "lambda_1", "mlp_scale": "lambda_2",
 }  # fmt: skip
 _SCALED = {
     "attention_norm": "norm1", "attention_scale": "layer_scale1.lambda1", "mlp_norm": "norm2",
@@ -228,6 +276,17 @@ def _dinov3_rules(c: ViTConfig, root: str) -> list[Rule]:
         *out(f"{layer}.attention.o_proj", f"{attention}.out"),
         *block(layer, _OURS, _SCALED | {f"mlp.{part}": f"mlp.{part}_proj" for part in parts}),
         *norm(f"{root}norm", "vision.norm"),
+    ]
+
+
+def _internvl_rules(c: ViTConfig, root: str) -> list[Rule]:
+    layer, make = f"{root}encoder.layer.{{}}", rms_norm if c.norm_kind == "rms" else norm
+    return [
+        *_tables(c, root),
+        *block(layer, _OURS, _INTERNVL_LAYERS),
+        *make(f"{layer}.layernorm_before", f"{_OURS}.attention_norm"),
+        *make(f"{layer}.layernorm_after", f"{_OURS}.mlp_norm"),
+        *(norm(f"{root}layernorm", "vision.norm") if c.last_norm else []),
     ]
 
 
@@ -270,4 +329,5 @@ _RULES: dict[str, Callable[[ViTConfig, str], list[Rule]]] = {
     "dinov2": _dinov2_rules,
     "dinov2_with_registers": _dinov2_rules,
     "dinov3_vit": _dinov3_rules,
+    "internvl_vision": _internvl_rules,
 }

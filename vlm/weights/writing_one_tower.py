@@ -20,6 +20,7 @@ _CLASSES = {
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
     "dinov3_vit": "DINOv3ViTModel",
+    "internvl_vision": "InternVLVisionModel",
 }
 
 
@@ -36,9 +37,9 @@ def one_tower_config(config: ModelConfig) -> dict[str, Any]:
     """
     c = config.vision
     assert isinstance(c, ViTConfig)
+    kind = _kind(c)
     if c.pool == "class":  # which has the token in any case
         c = dataclasses.replace(c, class_token=False)
-    kind = _kind(c)
     values = tower_values(c) | {"image_size": c.image_size, "patch_size": c.patch_size}
     if kind == "siglip2_vision_model":
         values["num_patches"] = c.max_patches
@@ -55,6 +56,9 @@ def one_tower_config(config: ModelConfig) -> dict[str, Any]:
         gated = c.mlp != "plain"
         values |= {"rope_theta": c.rotary_base, "key_bias": c.key_bias, "use_gated_mlp": gated}
         values["hidden_act"] = "silu" if gated else values["hidden_act"]
+    if kind == "internvl_vision":
+        values |= {"attention_bias": True, "use_mean_pooling": c.pool == "mean"}
+        values["norm_type"] = "rms_norm" if c.norm_kind == "rms" else "layer_norm"
     made = vision_config(values, kind, "config.json")
     # Fields that the tensors show, and those of training.
     shown = {"pooler": c.pooler, "dropout": c.dropout, "patch_dropout": c.patch_dropout}
@@ -95,12 +99,17 @@ def one_tower_processor(c: PreprocessConfig, kind: str) -> str:
 
 def _kind(c: ViTConfig) -> str:
     """Type of transformers that is nearest to a tower."""
+    if c.pool == "mean" and c.class_token and c.layer_scale:
+        return "internvl_vision"
     if c.pool == "map":
         return "siglip_vision_model" if c.max_patches is None else "siglip2_vision_model"
     if c.pre_norm:
         return "clip_vision_model"
     if not c.position:
         return "dinov3_vit"
+    whole = c.mlp_dim % c.width == 0 or c.mlp != "plain"  # DINOv2's ratio of the MLP
+    if c.layer_scale and not whole and not c.registers:
+        return "internvl_vision"
     if c.layer_scale:
         return "dinov2_with_registers" if c.registers else "dinov2"
     return "vit"
