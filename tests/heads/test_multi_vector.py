@@ -127,7 +127,8 @@ def test_truncated_vectors_are_refused(tmp_path):
 
 
 @pytest.mark.untyped
-def test_wrong_input_is_refused_and_changes_nothing():
+def test_wrong_input_is_refused_and_changes_nothing(tmp_path):
+    (picture := tmp_path / "a.png").write_bytes(b"a picture")
     index, good = MultiVectorIndex(), ragged(6, 2)
     index.add(good)
     wrong = [
@@ -136,6 +137,9 @@ def test_wrong_input_is_refused_and_changes_nothing():
         ([np.full((2, 24), np.nan)], None, DataError, "a vector of item 0 is zero or not finite"),
         ([np.zeros((1, 24))], None, DataError, "zero or not finite"),
         (["a text"], None, ConfigError, "item 0 is a str, and the index has no model"),
+        ([np.ones(24)], None, ConfigError, "item 0 is one vector"),
+        ([str(picture)], None, ConfigError, "item got the text .* is the path of a picture"),
+        ([3], None, DataError, "item got a int"),
         (good, ["a"], ConfigError, "there are only 1 ids"),
         (good, ["a", "b", "c"], ConfigError, "id 'c' has no item"),
         (good, ["a", "a"], ConfigError, "id 'a' is in the index already"),
@@ -151,6 +155,8 @@ def test_wrong_input_is_refused_and_changes_nothing():
         (np.ones((1, 3)), 1, ConfigError, "query 0 has vectors of 3 dimensions"),
         (np.ones((0, 24)), 1, DataError, "query 0 has no vectors"),
         ("a text", 1, ConfigError, "query 0 is a str"),
+        (np.ones(24), 1, ConfigError, "query 0 is one vector"),
+        (str(picture), 1, ConfigError, "query got the text .* is the path of a picture"),
     ]:
         with pytest.raises(kind, match=message):
             index.search(query, k)

@@ -21,6 +21,7 @@ from vlm.heads import codes
 from vlm.heads.codes import CANDIDATES, LEAST, Coding
 from vlm.heads.hits import Hit, Hits
 from vlm.heads.index_folder import local_folder
+from vlm.heads.inputs import kind
 from vlm.heads.items import Id, Stored
 from vlm.heads.max_similarity import (
     DeviceMaxSimilarity,
@@ -31,7 +32,7 @@ from vlm.heads.max_similarity import (
 from vlm.heads.model_identity import check_identity, identity
 from vlm.heads.prompts import normalise
 from vlm.heads.token_embeddings import image_tokens, text_tokens
-from vlm.weights.fields import choice, integer, read_json_of_format
+from vlm.weights.fields import choice, fields, integer, read_json_of_format
 from vlm.weights.new_folder import new_folder
 
 VECTORS_FILE, ABOUT_FILE = "vectors.npy", "multi_vector.json"
@@ -201,7 +202,7 @@ class MultiVectorIndex:
         folder = local_folder(folder)
         about = read_json_of_format(epath.Path(folder / ABOUT_FILE), FORMAT)
         if model is not None and about.get("model") is not None:
-            check_identity(about["model"], model, folder)
+            check_identity(fields(about["model"], f"{folder}: model"), model, folder)
         try:
             vectors = np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False)
             coding = choice(about["coding"], (None, *CANDIDATES), "coding")
@@ -263,9 +264,16 @@ class MultiVectorIndex:
 
     def _vectors_of(self, items: list[Any], first: int, noun: str) -> Queries:
         """Return the unit-norm vectors of each item."""
-        texts = [i for i, item in enumerate(items) if isinstance(item, str)]
-        given = [i for i, item in enumerate(items) if _is_vectors(item)]
-        images = sorted(set(range(len(items))) - {*texts, *given})
+        kinds = ["vectors" if _is_vectors(item) else kind(item, noun) for item in items]
+        given, texts, images, single = (
+            [i for i, item_kind in enumerate(kinds) if item_kind == name]
+            for name in ("vectors", "text", "image", "embedding")
+        )
+        if single:
+            raise ConfigError(
+                f"{noun} {first + single[0]} is one vector: give its vectors as an array of shape "
+                "(t, d), or use vlm.RetrievalIndex"
+            )
         if self.model is None and (texts or images):
             at = min(texts + images)
             raise ConfigError(
@@ -330,8 +338,10 @@ class MultiVectorIndex:
         return found
 
 
-def _is_vectors(item: Any) -> bool:
-    return getattr(item, "ndim", 0) == 2 and np.issubdtype(np.asarray(item).dtype, np.floating)
+def _is_vectors(item: Any, dimensions: int = 2) -> bool:
+    """Whether something is an array of floats with so many dimensions."""
+    floats = getattr(item, "ndim", 0) == dimensions
+    return floats and np.issubdtype(np.asarray(item).dtype, np.floating)
 
 
 def _is_one(item: Any) -> bool:
@@ -339,7 +349,7 @@ def _is_one(item: Any) -> bool:
     pixels = isinstance(item, np.ndarray) and item.ndim in (2, 3)
     pixels = pixels and not np.issubdtype(item.dtype, np.floating)
     one = isinstance(item, str | bytes | os.PathLike | Image.Image)
-    return one or pixels or _is_vectors(item)
+    return one or pixels or _is_vectors(item) or _is_vectors(item, 1)
 
 
 def _chunks(items: Iterator[Any]) -> Iterator[list[Any]]:

@@ -6,7 +6,7 @@ position passes through the pooling and projection of its tower alone.
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from vlm.inputs.batches import batch_size_of, pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
 from vlm.models.dual_encoder import unit_norm
 from vlm.nn.naflex import Patches
+from vlm.sharding import place_padded
 from vlm.weights.instantiate import check_images, check_tower
 
 Vectors = Float[np.ndarray, "_ d"]
@@ -48,7 +49,9 @@ def image_tokens(
     size, found = batch_size_of(batch_size), []
     for rows in pixel_batches(model.preprocess, one_or_many(images), size, on_error):
         masks = rows.mask if isinstance(rows, Patches) else itertools.repeat(slice(None))
-        z = np.asarray(_dense(graph, state, model.preprocess.normalize(rows)))
+        count = len(rows.mask if isinstance(rows, Patches) else rows)
+        padded = place_padded(rows, count, size, None)  # few shapes to compile for
+        z = np.asarray(_dense(graph, state, model.preprocess.normalize(padded)))[:count]
         found += [vectors[mask] for vectors, mask in zip(z, masks, strict=False)]
     return found
 
@@ -74,11 +77,13 @@ def text_tokens(
     """
     check_tower(model.model, "text", model.name)
     graph, state = nnx.split(_tower(model, "text"))
-    found, rules = [], model.tokenizer.config
-    for part in _parts([texts] if isinstance(texts, str) else texts, batch_size_of(batch_size)):
+    size, found, rules = batch_size_of(batch_size), [], model.tokenizer.config
+    stream = iter([texts] if isinstance(texts, str) else texts)
+    while part := list(itertools.islice(stream, size)):
         rows = model.tokenizer(part, prompt)
+        z = np.asarray(_dense(graph, state, place_padded(rows, len(part), size, None)))
         lengths = np.minimum(model.tokenizer.lengths(part, prompt), rules.context_length)
-        for vectors, length in zip(_in_powers(graph, state, rows), lengths, strict=True):
+        for vectors, length in zip(z, lengths, strict=False):
             kept = (
                 slice(length) if rules.pad_side == "right" else slice(len(vectors) - length, None)
             )
@@ -94,17 +99,6 @@ def _tower(model: Bundle, name: str) -> nnx.Module:
             "needs a tower with a method dense, as the ViTs and text transformers of vlm"
         )
     return tower
-
-
-def _parts(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    stream = iter(items)
-    return iter(lambda: list(itertools.islice(stream, size)), [])
-
-
-def _in_powers(graph, state, rows: np.ndarray) -> np.ndarray:
-    """Embed rows that are padded to a power of two, so that few shapes are compiled."""
-    padded = np.resize(rows, (1 << (len(rows) - 1).bit_length(), rows.shape[1]))
-    return np.asarray(_dense(graph, state, padded))[: len(rows)]
 
 
 @functools.partial(jax.jit, static_argnames="graph")

@@ -41,6 +41,8 @@ _INPUTS = (
     "video_preprocessor_config.json",
     "processor_config.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "tokenizer.json",
     "tokenizer.model",
     "spiece.model",
