@@ -88,3 +88,85 @@ def test_display_keeps_the_image_of_the_user():
     display.data_uri(image, 96)
     vlm.explanation.embedding_map(np.eye(2, dtype=np.float32), [image, image]).picture()
     assert image.size == (300, 200)
+
+
+def bars(tmp_path, terminal):
+    """What a process shows that encodes with a progress bar, in a terminal or a pipe."""
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    program = "import test_display; test_display.encode_with_progress()"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+    if not terminal:
+        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr.decode()
+    parent, child = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", program], env=env, stderr=child) as process:
+        os.close(child)
+        shown = b""
+        while True:
+            try:
+                part = os.read(parent, 4096)
+            except OSError:  # the end, on Linux
+                break
+            if not part:
+                break
+            shown += part
+    assert process.returncode == 0
+    os.close(parent)
+    return shown.decode()
+
+
+def encode_with_progress():
+    from test_pickle import PICTURES, TEXTS, bundle
+
+    model = bundle()
+    model.encode_image(PICTURES, 2, progress=True)
+    model.encode_text(iter(TEXTS), progress=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_is_shown_in_terminals(terminal, tmp_path):
+    shown = bars(tmp_path, terminal)
+    assert ("encode images" in shown and "3/3" in shown) == terminal
+    assert ("encode texts" in shown and "2/?" in shown) == terminal
+
+
+def test_progress_changes_no_embedding(monkeypatch):
+    """Lists, iterators and images that fail; in a notebook, the display is updated in place."""
+    from test_pickle import PICTURES, TEXTS, bundle
+
+    model, pages = bundle(), []
+
+    class Handle:
+        def update(self, page):
+            pages.append(page.data)
+
+    def shown(page, display_id):
+        assert display_id
+        pages.append(page.data)
+        return Handle()
+
+    monkeypatch.setattr(display, "in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", shown)
+    failed = []
+    images = [*PICTURES, b"not an image"]
+    options = {"on_error": lambda position, error: failed.append(position), "progress": True}
+    np.testing.assert_array_equal(
+        model.encode_image(images, 2, **options), model.encode_image(PICTURES, 2)
+    )
+    assert failed == [3]
+    assert pages[0] == 'encode images <progress value="0" max="4"></progress> 0 of 4, 0.0/s'
+    assert "3 of 4" in pages[-1]
+    pages.clear()
+    np.testing.assert_array_equal(
+        model.encode_text(iter(TEXTS), 1, progress=True), model.encode_text(TEXTS, 1)
+    )
+    assert "<progress></progress> 2, " in pages[-1]
+    pages.clear()
+    assert model.encode_text([], progress=True).shape == (0, model.embed_dim)
+    assert model.encode_text("one", progress=True).shape == (1, model.embed_dim)

@@ -137,18 +137,71 @@ def embed(model, pictures):
 
 
 @pytest.mark.slow
-def test_processes_share_the_work(monkeypatch):
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_processes_share_the_work(start, monkeypatch):
     """A bundle that was used goes to processes that are spawned, with one device each."""
     model = bundle()
     z = model.encode_image(PICTURES)
     flags = [flag for flag in os_flags() if "device_count" not in flag]
     monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start)
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
         parts = list(pool.map(embed, [model] * 2, [PICTURES, PICTURES]))
     for part, devices in parts:
         assert devices == 1
         np.testing.assert_array_equal(part, z)
+
+
+FORKS = """
+import multiprocessing, pickle, sys, warnings
+sys.path[:0] = sys.argv[2:]
+warnings.simplefilter("ignore")
+import test_pickle
+from concurrent.futures import ProcessPoolExecutor
+
+def refusal(model, data=None):
+    try:
+        (model or pickle.loads(data)).encode_text(["a red square"])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def first(seed):
+    return test_pickle.bundle(seed).encode_text(["a red square"])
+
+fork = multiprocessing.get_context("fork")
+if sys.argv[1] == "before":  # JAX runs in the children alone
+    with ProcessPoolExecutor(2, mp_context=fork) as pool:
+        one, two = pool.map(first, [0, 0])
+    assert (one == first(0)).all() and (two == one).all()
+else:
+    model = test_pickle.bundle()
+    data = pickle.dumps(model)
+    queue = fork.Queue()
+    for arguments in ((model,), (None, data)):
+        child = fork.Process(target=lambda: queue.put(refusal(*arguments)))
+        child.start()
+        print(queue.get(timeout=60))
+        child.join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_fork_works_before_jax_runs_and_is_refused_after(when):
+    """Rather than to hang: a fork lacks JAX's threads. Processes of their own, as forks warn."""
+    import os
+    import subprocess
+    import sys
+
+    paths = [os.path.dirname(__file__), *sys.path]
+    flags = " ".join(flag for flag in os_flags() if "device_count" not in flag)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, when, *paths],
+        capture_output=True, text=True, timeout=200, env=os.environ | {"XLA_FLAGS": flags},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = "ConfigError: this process was forked from one that has a model"
+    assert done.stdout.count(expected) == (2 if when == "after" else 0), done.stdout
 
 
 def os_flags():

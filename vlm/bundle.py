@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, UInt8
 
 from vlm.config import LOSS_SCORES, AdapterConfig, ModelConfig
-from vlm.display import FactSheet
+from vlm.display import FactSheet, progress_bar
 from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.batches import batch_size_of, pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
@@ -30,7 +30,7 @@ from vlm.inputs.preprocess import Preprocess, with_options
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
-from vlm.models.running import run_batches
+from vlm.models.running import run_batches, use_jax
 from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
@@ -38,6 +38,7 @@ from vlm.sharding import replicated, shardings, to_host
 from vlm.video import encode_video, video_logits
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
+from vlm.weights.eight_bits import EightBits
 from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
 from vlm.weights.model_facts import facts_of
 from vlm.weights.push import push_to_hub
@@ -76,6 +77,7 @@ class Bundle(FactSheet):
         templates: Sequence[str] = (),
     ):
         instantiate.check_inputs(model.config, preprocess.config, tokenizer, name)
+        use_jax()
         self.model = model
         self.preprocess = preprocess
         self.tokenizer = tokenizer
@@ -120,13 +122,15 @@ class Bundle(FactSheet):
         batch_size: int | None = None,
         *,
         on_error: OnError | None = None,
+        progress: bool = False,
     ) -> Float32[np.ndarray, "n d"]:
         """Encode images to unit-norm embeddings: PIL images, paths, bytes or uint8 arrays.
 
         Any iterable is streamed: at most two batches of pixels are in memory, and the next one is
         decoded on threads during computation. `batch_size` defaults to 32 on CPU, else 256.
         `on_error` is called with the position and error of each unreadable image, in order; such
-        an image has no row. Without it, the first error is raised.
+        an image has no row. Without it, the first error is raised. `progress` shows a bar in
+        terminals and notebooks.
 
         Raises:
             DataError: an image is missing or unreadable; the message names it.
@@ -134,7 +138,8 @@ class Bundle(FactSheet):
         instantiate.check_images(self.model, self.name)
         size = batch_size_of(batch_size)
         batches = pixel_batches(self.preprocess, one_or_many(images), size, on_error)
-        return self._run(self._image_program, batches, size)
+        with progress_bar("encode images", images, shown=progress) as done:
+            return self._run(self._image_program, batches, size, done)
 
     def encode_text(
         self,
@@ -142,11 +147,13 @@ class Bundle(FactSheet):
         batch_size: int | None = None,
         *,
         prompt: str | None = None,
+        progress: bool = False,
     ) -> Float32[np.ndarray, "n d"]:
         """Encode texts to unit-norm embeddings.
 
         Long texts are truncated; `tokenizer.count_truncated` counts them. `prompt` names one of
         `prompts`, which is put before each text; None is the model's default one, and "" none.
+        `progress` shows a bar, as for images.
 
         Raises:
             ConfigError: an unknown prompt.
@@ -157,7 +164,8 @@ class Bundle(FactSheet):
         stream = iter([texts] if isinstance(texts, str) else texts)
         chunks = iter(lambda: list(itertools.islice(stream, size)), [])
         batches = (shortened(self.tokenizer(chunk, prompt), self.config.text) for chunk in chunks)
-        return self._run(self._text_program, batches, size)
+        with progress_bar("encode texts", texts, shown=progress) as done:
+            return self._run(self._text_program, batches, size, done)
 
     encode_video, video_logits = encode_video, video_logits
 
@@ -263,17 +271,26 @@ class Bundle(FactSheet):
             )
 
     def save(
-        self, folder: epath.PathLike, format: SavedFormat = "vlm", *, compare_texts: int = TEXTS
+        self,
+        folder: epath.PathLike,
+        format: SavedFormat = "vlm",
+        *,
+        compare_texts: int = TEXTS,
+        quantize: EightBits | None = None,
     ) -> TokenCheck | None:
         """Write the bundle as a folder, or atomically replace the bundle in it.
 
         An adapter is merged. For transformers and open_clip, the token ids of `compare_texts` texts
-        are compared, and the result is returned. All processes of a run must call this.
+        are compared, and the result is returned. All processes of a run must call this. With
+        `quantize`, large parameters have eight bits with a scale for each channel, "int8" or
+        "float8"; `load` multiplies them, so that they take a quarter of the disk alone.
 
         Raises:
+            ConfigError: an unknown `quantize`, or one for another format.
             CheckpointError: the folder has other contents or cannot be written, or the format does
                 not support the model.
         """
+        bundle_format.check_quantize(quantize, format)
         for tower in ("vision", "text"):
             if getattr(self.config, tower).kind != "none":
                 instantiate.check_tower(self.model, tower, self.name)
@@ -286,8 +303,8 @@ class Bundle(FactSheet):
         parts = model, self.preprocess, self.tokenizer
         if format != "vlm":
             return write_folder(folder, format, *parts, compare_texts)
-        written = bundle_format.write(folder, *parts, self.name, self.templates)
-        if self.adapter is None:
+        written = bundle_format.write(folder, *parts, self.name, self.templates, quantize)
+        if self.adapter is None and quantize is None:
             self.fingerprint = written
         return None
 
@@ -300,6 +317,7 @@ class Bundle(FactSheet):
         return rest | {"model": (self._split[0], jax.tree.map(to_host, self._split[1]))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        use_jax()
         graph, parameters = state["model"]
         state["model"] = nnx.merge(graph, jax.tree.map(jnp.asarray, parameters))
         vars(self).update(state)
@@ -337,9 +355,9 @@ class Bundle(FactSheet):
             lambda state, rows: encode(nnx.merge(graph, state), rows), out_shardings=result
         )
 
-    def _run(self, program, batches, size: int) -> Float32[np.ndarray, "n d"]:
+    def _run(self, program, batches, size: int, *done) -> Float32[np.ndarray, "n d"]:
         encode = functools.partial(program, self._split[1])
-        return run_batches(encode, batches, size, self.embed_dim, self._mesh)
+        return run_batches(encode, batches, size, self.embed_dim, self._mesh, *done)
 
     def _facts(self) -> tuple[str, dict[str, str]]:
         return self.name, facts_of(self.model, self.tokenizer)

@@ -4,9 +4,12 @@ Colours are translucent or inherited, so that they work on light and dark pages.
 """
 
 import base64
+import contextlib
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -179,3 +182,71 @@ def as_html(renderable: RenderableType, width: int = 110) -> str:
     console.print(renderable)
     text = console.export_html(inline_styles=True, code_format="{code}")
     return f'<pre style="line-height:1.3;white-space:pre">{text}</pre>'
+
+
+# ------------------------------------------------------------------------------- progress bars
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook, which can show pictures.
+
+    Example:
+        >>> vlm.callbacks.in_notebook()
+        False
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
+
+
+@contextlib.contextmanager
+def progress_bar(
+    what: str, inputs: Any = None, *, shown: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Context manager: a function that advances a progress bar by a number of items.
+
+    The bar is on stderr if that is a terminal, and in the output of the cell in a notebook. Unless
+    `inputs` are a list or tuple, whose length is the total, it counts.
+    """
+    total = len(inputs) if isinstance(inputs, list | tuple) else None
+    if not shown:
+        yield lambda count: None
+    elif in_notebook():
+        yield _notebook_bar(what, total)
+    else:
+        with _terminal_bar(what, total) as advance:
+            yield advance
+
+
+@contextlib.contextmanager
+def _terminal_bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(*columns, Remaining(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _notebook_bar(what: str, total: int | None) -> Callable[[int], None]:
+    from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+
+    started, done = time.perf_counter(), 0
+
+    def picture() -> Any:
+        limits = "" if total is None else f' value="{done}" max="{total}"'
+        of = "" if total is None else f" of {total:,}"
+        rate = done / max(time.perf_counter() - started, 1e-9)
+        return HTML(f"{escape(what)} <progress{limits}></progress> {done:,}{of}, {rate:,.1f}/s")
+
+    handle = display(picture(), display_id=True)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if handle is not None:
+            handle.update(picture())
+
+    return advance

@@ -130,6 +130,8 @@ Options:
   --dtype float32|bfloat16|float16|stored
                                 Type of the weights; stored: that of MODEL's
                                 file (default: float32)
+  --quantize int8|float8        Eight bits for large parameters of a vlm bundle,
+                                with a scale for each channel (default: none)
   --architecture TEXT           Name of the architecture in open_clip, if MODEL
                                 is a file of weights alone (default: none)
 

@@ -5,8 +5,8 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from vlm.callbacks.base import Callback as Callback
     from vlm.callbacks.base import RunInfo as RunInfo
-    from vlm.callbacks.base import in_notebook as in_notebook
     from vlm.callbacks.live import Live as Live
     from vlm.callbacks.tensorboard import TensorBoard as TensorBoard
     from vlm.callbacks.trackers import MLflow as MLflow
     from vlm.callbacks.trackers import WandB as WandB
+    from vlm.display import in_notebook as in_notebook

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,14 +66,3 @@ class Callback:
 
     def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
         """End, also of an interrupted run; `results` are the final metrics of a finished one."""
-
-
-def in_notebook() -> bool:
-    """Return whether this process is the kernel of a notebook, which can show pictures.
-
-    Example:
-        >>> vlm.callbacks.in_notebook()
-        False
-    """
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return getattr(shell, "kernel", None) is not None

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm._html import render
-from vlm.callbacks.base import Callback, RunInfo, in_notebook
-from vlm.display import clock
+from vlm.callbacks.base import Callback, RunInfo
+from vlm.display import clock, in_notebook
 from vlm.evaluation.charts import Line, curve, line_chart, short
 
 EVERY = 1.0  # seconds between two updates

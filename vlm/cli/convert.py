@@ -13,6 +13,7 @@ def convert(
     /,
     format: Literal["vlm", "huggingface", "open_clip"] = "vlm",
     dtype: Literal["float32", "bfloat16", "float16", "stored"] = "float32",
+    quantize: Literal["int8", "float8"] | None = None,
     architecture: str | None = None,
 ) -> None:
     """Write a model as a folder: weights, image preprocessing and tokenizer together.
@@ -28,6 +29,7 @@ def convert(
     Args:
         format: output format.
         dtype: type of the weights; stored: that of MODEL's file.
+        quantize: eight bits for large parameters of a vlm bundle, with a scale for each channel.
         architecture: Name of the architecture, if MODEL is a file of weights alone: open_clip's,
             such as ViT-B-32, timm's of a plain ViT, or a recipe's such as clip-B/16.
     """
@@ -37,7 +39,7 @@ def convert(
     from vlm.cli.terminal import print_status
 
     check = load(model, dtype=dtype, architecture=architecture).save(
-        folder, format, compare_texts=TEXTS
+        folder, format, compare_texts=TEXTS, quantize=quantize
     )
     print_status(f"{model} as {format} in {out}")
     if check is not None and check.texts and not check.differ:  # else it has been logged

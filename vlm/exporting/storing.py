@@ -1,26 +1,18 @@
 """Stored types of parameters in exported programs, and limits on their rounding."""
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Float
 
 from vlm.errors import CheckpointError, check_choice
+from vlm.weights.eight_bits import SMALLEST, Quantised, best_form, quantised
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
-SMALLEST = 4096  # elements: smaller parameters stay float32
 # Largest change of direction of an embedding: 1 - cosine.
 _DIRECTION: dict[Dtype, float] = {"float32": 1e-6, "bfloat16": 0.02, "int8": 0.02}
-GROUP = 16  # elements: a scale for fewer would take as much space
-
-
-class Quantised(NamedTuple):
-    """Integers from -127 to 127, with the step size of each group."""
-
-    steps: Int8[np.ndarray, "*n"]
-    scale: Float32[np.ndarray, "*n"]  # size 1 along the axis of a group
 
 
 def stored(
@@ -32,19 +24,8 @@ def stored(
         return values.astype(np.float32)
     if dtype == "bfloat16":
         return values.astype(jnp.bfloat16)
-    axes = [axis for axis, size in enumerate(values.shape) if size >= GROUP]
-    if values.ndim < 2 or values.size < SMALLEST or not axes:
-        return values.astype(np.float32)
-    # The axis with the least quantisation error: outputs of a kernel, or words of a table.
-    forms = (quantised(values.astype(np.float32), axis) for axis in axes)
-    return min(forms, key=lambda form: float(np.square(form.steps * form.scale - values).sum()))
-
-
-def quantised(values: Float32[np.ndarray, "*n"], axis: int) -> Quantised:
-    """Round to 255 steps of equal size in each group along `axis`, including zero."""
-    largest = np.abs(values).max(axis, keepdims=True)
-    scale = (np.where(largest > 0, largest, 1) / 127).astype(np.float32)
-    return Quantised(np.rint(values / scale).astype(np.int8), scale)
+    form = best_form(values.astype(np.float32), quantised, SMALLEST)
+    return values.astype(np.float32) if form is None else form
 
 
 def restored(kept: np.ndarray | Quantised, compute: Literal["float32", "bfloat16"]) -> Array:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from etils import epath
@@ -19,7 +19,7 @@ from vlm.config import (
     to_dict,
 )
 from vlm.config.code import JAX_NN
-from vlm.errors import CheckpointError, ConfigError, DataError, warn_once
+from vlm.errors import CheckpointError, ConfigError, DataError, check_choice, warn_once
 from vlm.inputs import tokenizer as tokenizers
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ from vlm.models.modules import is_module_class
 from vlm.paths import as_path, is_run
 from vlm.weights.adapter import ADAPTER_FILE, folder_with
 from vlm.weights.checkpoint import Checkpoint
+from vlm.weights.eight_bits import EightBits, quantised_arrays, restored
 from vlm.weights.fields import read_json, read_json_of_format, string
 from vlm.weights.files import SafetensorsFile, Tensors
 from vlm.weights.fingerprint import (
@@ -43,7 +44,7 @@ from vlm.weights.rules import Rule, flat_arrays, flat_shapes
 BUNDLE_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 FILES = frozenset([BUNDLE_FILE, WEIGHTS_FILE, tokenizers.VOCABULARY_FILE])
-FORMAT = 1  # of the folder; raised when an older reader would misread it
+FORMAT = 2  # of the folder; 1 for parameters that are not quantized
 
 
 def recognises(path: epath.Path) -> bool:
@@ -97,7 +98,7 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         config,
         preprocess,
         tokenizer,
-        tensors,
+        restored(tensors) if about["format"] > 1 else tensors,
         [Rule(name, name) for name in flat_shapes(abstract_model(config, jnp.float32))],
         lambda name: False,
         "bicubic_antialias",
@@ -134,6 +135,17 @@ def _find_code(config: ModelConfig, hashes: dict[str, Any], where: str) -> None:
             warn_once(f"{path} has changed since the model {where} was saved")
 
 
+def check_quantize(quantize: str | None, form: str) -> None:
+    """Raise a ConfigError if a bundle cannot be written with these weights."""
+    if quantize is None:
+        return
+    check_choice("quantize", quantize, get_args(EightBits))
+    if form != "vlm":
+        raise ConfigError(
+            f"quantize {quantize!r} is for bundles of vlm, not for {form}: leave it out"
+        )
+
+
 def write(
     folder: epath.PathLike,
     model: DualEncoder,
@@ -141,8 +153,11 @@ def write(
     tokenizer: Tokenizer,
     name: str,
     templates: Sequence[str] = (),
+    quantize: EightBits | None = None,
 ) -> str:
     """Write a bundle as a new folder or over an existing bundle; return its fingerprint.
+
+    With `quantize`, large parameters have eight bits, and scales beside them.
 
     Raises:
         CheckpointError: the folder holds something else, or cannot be written.
@@ -150,9 +165,11 @@ def write(
     with new_folder(folder, FILES) as new:
         tokenizer.save(new)
         (new / tokenizers.RULES_FILE).unlink()  # the rules go into bundle.json
-        digests = write_with_digests(new / WEIGHTS_FILE, flat_arrays(model))
+        arrays = flat_arrays(model)
+        stored = arrays if quantize is None else quantised_arrays(arrays, quantize)
+        digests = write_with_digests(new / WEIGHTS_FILE, stored)
         description: dict[str, Any] = {
-            "format": FORMAT,
+            "format": 1 if quantize is None else FORMAT,
             "version": __version__,
             "name": name,
             "fingerprint": fingerprint(digests),
