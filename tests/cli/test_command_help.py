@@ -132,8 +132,10 @@ Options:
                                 file (default: float32)
   --quantize int8|float8        Eight bits for large parameters of a vlm bundle,
                                 with a scale for each channel (default: none)
-  --architecture TEXT           Name of the architecture in open_clip, if MODEL
-                                is a file of weights alone (default: none)
+  --architecture TEXT           Name of the architecture, if MODEL is a file of
+                                weights alone: open_clip's, such as ViT-B-32,
+                                timm's of a plain ViT, or a recipe's such as
+                                clip-B/16 (default: none)
 
 vlm convert --help PATTERN shows the options that match.""",
 }
