@@ -14,7 +14,7 @@ def export(
     model: options.Model,
     out: options.NewFolder,
     /,
-    format: Literal["stablehlo", "onnx", "savedmodel"] = "stablehlo",
+    format: Literal["stablehlo", "onnx", "immich", "savedmodel"] = "stablehlo",
     dtype: Literal["float32", "bfloat16", "int8"] = "float32",
     tower: Literal["both", "vision", "text"] | None = None,
     labels: options.Labels = None,
@@ -33,10 +33,12 @@ def export(
       vlm export runs/openmoji exported --format onnx
       vlm export ViT-B-32 small --format onnx --dtype int8 --tower vision
       vlm export runs/openmoji pets --labels "dog,cat"
+      vlm export ViT-B-32 immich/ViT-B-32__openai --format immich
 
     Args:
         format: format of the programs. stablehlo: for JAX; onnx: for onnxruntime and others (extra
-            onnx); savedmodel: refused as long as no TensorFlow reads the output of JAX.
+            onnx); immich: ONNX in the layout of Immich, for both towers (extra onnx); savedmodel:
+            refused as long as no TensorFlow reads the output of JAX.
         dtype: type of the stored parameters. int8 makes the files a quarter as large.
         tower: the towers to export. Default: both; with labels the classifier alone.
         classifier: a saved classifier to export, in place of labels. Default: the classifier of the
@@ -56,7 +58,7 @@ def export(
     from vlm.heads.zero_shot import ZeroShotClassifier
 
     bundle = load(model)
-    if not has_labels and classifier is None and tower is None:
+    if not has_labels and classifier is None and tower is None and format != "immich":
         classifier = classifier_of(model)
         tower = "both" if classifier is not None else None
     head, note = None, ""

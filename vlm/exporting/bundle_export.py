@@ -11,7 +11,7 @@ from etils import epath
 
 from vlm.bundle import Bundle
 from vlm.errors import CheckpointError, ConfigError, check_choice
-from vlm.exporting import contract
+from vlm.exporting import contract, immich
 from vlm.exporting.programs import ExportProgram, programs
 from vlm.exporting.storing import Dtype
 from vlm.heads.saved import Classifier
@@ -19,12 +19,14 @@ from vlm.paths import as_path, is_remote
 from vlm.weights.instantiate import Tower
 from vlm.weights.new_folder import new_folder
 
-Format = Literal["stablehlo", "onnx", "savedmodel"]  # the last is rejected with the reason
+# The last is rejected with the reason.
+Format = Literal["stablehlo", "onnx", "immich", "savedmodel"]
 
 # Module of each format, and the libraries that it needs.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "stablehlo": ("stablehlo", ()),
     "onnx": ("onnx_file", ("onnx", "onnxruntime")),
+    "immich": ("immich", ("onnx", "onnxruntime")),
 }
 
 # Largest difference of an embedding of unit norm, or of a score. The reference has the same
@@ -77,7 +79,7 @@ def export(
     Args:
         model: a float32 bundle of `vlm.load`.
         folder: output folder; it must not exist.
-        format: "stablehlo" (run by JAX) or "onnx".
+        format: "stablehlo" (run by JAX), "onnx", or "immich" (ONNX in the layout of Immich).
         dtype: stored type of parameters. int8 has a scale per row and is computed in float32;
             bfloat16 is computed in float32 by ONNX, and in bfloat16 by StableHLO.
         tower: "both", "vision" or "text"; by default both, or none with a classifier.
@@ -114,14 +116,20 @@ def export(
     kind = _module(format)
     sizes = list(kind.BATCHES if batches is None else batches)
     compute = kind.BFLOAT16 if dtype == "bfloat16" else "float32"
+    planes = format == "immich"
+    if planes:
+        immich.check(model, tower, classifier)
     with new_folder(folder) as new:
-        exported = programs(model, tower, classifier, dtype, compute=compute)
+        exported = programs(model, tower, classifier, dtype, compute=compute, planes=planes)
         differences = {}
         for program in exported:
             kind.write(program, new)
             differences[program.name] = _largest_difference(
                 program, kind.opened(program, new), sizes, compute
             )
+        if planes:
+            immich.write_settings(new, model)
+            return Exported(as_path(folder), format, dtype, differences)
         facts = {"kind": format, "dtype": dtype, "batches": sizes, "difference": differences}
         contract.write(new, model, exported, classifier, facts, kind.USE)
     return Exported(as_path(folder), format, dtype, differences)
@@ -138,7 +146,7 @@ def _module(format: Format) -> Any:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"format {format!r} needs {name}, which is not installed: run "
-                f'pip install "vlm-jax[{format}]"'
+                'pip install "vlm-jax[onnx]"'
             )
     return importlib.import_module(f"vlm.exporting.{module}")
 

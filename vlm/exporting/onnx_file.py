@@ -20,19 +20,23 @@ LARGEST = 2**31 - 2**24  # bytes: a Protocol Buffers file is limited to 2 GiB
 
 def write(program: ExportProgram, folder: epath.Path) -> None:
     """Write `NAME.onnx`, and the parameters of a large model to `NAME.onnx.data`."""
+    write_as(program, folder, program.name, (program.input, program.output))
+
+
+def write_as(program: ExportProgram, folder: epath.Path, file: str, names: tuple[str, str]) -> None:
+    """Write a program as `FILE.onnx`, with these names of its input and output."""
     import onnx
 
     from vlm.exporting.onnx_graph import from_jax
     from vlm.exporting.onnx_rules import RULES
 
-    names = (program.input, program.output)
     model = from_jax(program.function, program.row, program.dtype, names, RULES)
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     onnx.save_model(
         model,
-        str(folder / f"{program.name}.onnx"),
+        str(folder / f"{file}.onnx"),
         save_as_external_data=size > LARGEST,
-        location=f"{program.name}.onnx.data",
+        location=f"{file}.onnx.data",
         size_threshold=1024,  # bytes: runtimes need shapes in the file itself
     )
 

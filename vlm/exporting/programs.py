@@ -47,7 +47,7 @@ class ExportProgram:
     row: tuple[int, ...]
     dtype: Any
     output: str
-    examples: UInt8[np.ndarray, "n h w 3"] | Int[np.ndarray, "n l"]
+    examples: UInt8[np.ndarray, "n h w 3"] | Float[np.ndarray, "n 3 h w"] | Int[np.ndarray, "n l"]
     expected: Float[np.ndarray, "n e"]
     reference: Float[np.ndarray, "n e"]
 
@@ -59,11 +59,12 @@ def programs(
     dtype: Dtype,
     *,
     compute: Literal["float32", "bfloat16"],
+    planes: bool = False,
 ) -> list[ExportProgram]:
     """Make the programs of the towers and the classifier.
 
     Parameters are stored as `dtype` and computed in `compute`. `tower=None` means both, or none
-    with a classifier.
+    with a classifier. With `planes`, images are normalised float32 (n, 3, size, size).
 
     Raises:
         ConfigError: a tower that the bundle does not have, images without one fixed size, or a
@@ -85,7 +86,7 @@ def programs(
     for name in names:
         if problem := _problem(bundle, name, classifier):
             raise ConfigError(problem)
-    return [_program(bundle, name, classifier, dtype, compute) for name in names]
+    return [_program(bundle, name, classifier, dtype, compute, planes) for name in names]
 
 
 def _problem(bundle: Bundle, name: Name, classifier: Any) -> str:
@@ -128,6 +129,7 @@ def _program(
     classifier: Any,  # a Classifier, if name is "classifier"
     dtype: Dtype,
     compute: Literal["float32", "bfloat16"],
+    planes: bool,
 ) -> ExportProgram:
     other = "vision" if name == "text" else "text"
     skeleton = abstract_model(bundle.config, jnp.dtype(compute))
@@ -146,6 +148,8 @@ def _program(
         model = nnx.merge(graph, nnx.from_flat_state(kept))
         if name == "text":
             return model.encode_text(rows)
+        if planes:
+            return model.encode_image(jnp.moveaxis(rows, 1, -1))
         return model.encode_image(bundle.preprocess.normalize(rows))
 
     def classify(pixels: Array) -> Array:
@@ -158,6 +162,8 @@ def _program(
         size = bundle.config.vision.image_size
         rows = np.random.default_rng(0).integers(0, 256, (EXAMPLES, size, size, 3), dtype=np.uint8)
     expected, function, output = _original(bundle, rows), encode, "embeddings"
+    if planes and name != "text":
+        rows = np.moveaxis(np.asarray(bundle.preprocess.normalize(rows)), -1, 1)
     reference = np.asarray(jax.jit(encode)(rows))
     check_direction(name, reference, expected, dtype)
     if name == "classifier":
