@@ -27,6 +27,7 @@ def write(folder: Path) -> None:
         "tables/api.md": packages(names),
         "tables/config.md": config_classes(known),
         "tables/models.md": table(*catalogue.table(catalogue.ENTRIES)),
+        "tables/popular_models.md": table(*catalogue.popular()),
     }
     pages |= {f"commands/{page_name(name)}.md": command(name) for name in COMMANDS}
     pages |= {f"api/{package}.rst": api(package, things) for package, things in names.items()}

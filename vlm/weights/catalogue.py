@@ -205,6 +205,13 @@ def table(entries: Sequence[Entry] = ENTRIES) -> tuple[list[str], list[list[str]
     return columns, [_row(entry) for entry in entries]
 
 
+def popular() -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of models that listings name most, by their layout on the Hub."""
+    rows = _read("popular_models.csv")
+    columns = ["model", "layout on the Hub", "read"]
+    return columns, [[row["model"], row["layout"], row["reads"]] for row in rows]
+
+
 def _row(e: Entry) -> list[str]:
     def number(x: float | None) -> str:
         return "" if x is None else f"{x:,.1f}"
