@@ -11,6 +11,7 @@ import pytest
 import vlm
 from vlm.errors import CheckpointError, ConfigError
 from vlm.heads import VideoEncoder
+from vlm.serving import Batched
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 PRISM = "video_videoprism"
@@ -74,6 +75,8 @@ def test_what_needs_images_says_so(case, tmp_path):
         model.encode_video([frame], frames=3)
     with pytest.raises(ConfigError, match="takes videos, and an exported program takes images"):
         vlm.export(model, tmp_path / "program")
+    with pytest.raises(ConfigError, match=f"embeds videos of {frames} frames, not images"):
+        Batched(model)
     with pytest.raises(ConfigError, match="takes videos, and vlm trains on images"):
         vlm.Experiment(model=model.config)
     with pytest.raises(ConfigError, match=r"a tower of videos takes only 3[26] pixels"):

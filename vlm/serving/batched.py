@@ -77,6 +77,8 @@ class Batched:
         seconds: float = 30.0,
         observe: Observe | None = None,
     ):
+        if bundle.model.vision is not None:
+            check_images(bundle.model, bundle.name)
         self.bundle, self.seconds = bundle, seconds
         self.name = bundle.name
         self.loss: Rule = bundle.loss
