@@ -27,7 +27,7 @@ from vlm.models.dual_encoder import unit_norm
 from vlm.models.running import run_batches
 from vlm.weights.instantiate import check_tower
 
-FRAMES = 8  # of a video, for image models: Perception Encoder's (arXiv:2504.13181)
+FRAMES = 8  # of a video, for image models: as many as X-CLIP base takes
 _GROUP = 1024  # videos whose frames' embeddings are in memory
 
 

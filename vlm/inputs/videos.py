@@ -36,8 +36,8 @@ _FRAME_SUFFIXES = SUFFIXES - VIDEO_SUFFIXES
 def sampled(total: int, count: int) -> list[int]:
     """Positions of `count` of `total` frames, at equal distances from the first frame on.
 
-    They are floor(i * total / count), as in transformers' video processors and Perception Encoder.
-    A video with fewer frames repeats some.
+    They are floor(i * total / count), as in transformers' video processors. A video with fewer
+    frames repeats some.
 
     Example:
         >>> from vlm.inputs.videos import sampled
