@@ -54,7 +54,7 @@ class TextConfig(Config):
             no mask.
         layer_scale: Learn a scale for each channel of each branch of a block (arXiv:2103.17239).
         norm: Position of the layer norms. pre: before each branch; post: after each residual sum
-            and after the embeddings (BERT).
+            and after the embeddings (BERT); branch: after each branch, before the residual sum.
         norm_kind: Kind of the norms. layer: LayerNorm; rms: RMSNorm, without mean and bias (AIMv2).
         mlp: Kind of MLP. plain: two layers; the others are gated, as in `ViTConfig`.
         embedding_norm: For norm pre: add a norm after the embeddings, as norm post has (FLAVA).
@@ -89,7 +89,7 @@ class TextConfig(Config):
     scale_embedding: bool = False
     pad_id: int | None = None
     layer_scale: bool = False
-    norm: Literal["pre", "post"] = "pre"
+    norm: Literal["pre", "post", "branch"] = "pre"
     last_norm: bool = False
     pooler: bool = False
     projection: Literal["none", "linear", "linear_bias", "mlp", "mlp_relu"] = "linear_bias"

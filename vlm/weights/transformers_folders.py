@@ -18,6 +18,7 @@ from vlm.weights import (
     bert_clip,
     blip,
     clip_inside,
+    eva_clip,
     fgclip2,
     flava,
     groupvit,
@@ -76,7 +77,7 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
     """Open the checkpoint in a folder."""
     values, where = read_json(folder / "config.json"), os.fspath(folder / "config.json")
     config = model_config(values, where)
-    return _READERS[values["model_type"]].open_checkpoint(folder, values, config)
+    return _reader(values, where).open_checkpoint(folder, values, config)
 
 
 def model_config(values: dict[str, Any], where: str) -> ModelConfig:
@@ -87,5 +88,10 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
             size.
     """
     refuse_by_name(values, where)
-    reader = _READERS[choice(values.get("model_type"), _READERS, f"{where}: model_type")]
-    return reader.model_config(values, where)
+    return _reader(values, where).model_config(values, where)
+
+
+def _reader(values: dict[str, Any], where: str) -> ModuleType:
+    if values.get("architectures") == [eva_clip.ARCHITECTURE]:  # whose model_type is CLIP's
+        return eva_clip
+    return _READERS[choice(values.get("model_type"), _READERS, f"{where}: model_type")]
