@@ -144,7 +144,7 @@ def frames_of(bundle: Any, frames: int | None = None) -> int:
         raise ConfigError(f"frames is {frames}: give at least 1")
     if fixed is not None and frames not in (None, fixed):
         raise ConfigError(
-            f"frames is {frames}, and {bundle.name} takes videos of {fixed} frames: leave it out"
+            f"frames is {frames}, and {bundle.name} takes videos of {fixed} frames: give {fixed}"
         )
     return frames or fixed or FRAMES
 

@@ -71,7 +71,7 @@ def test_what_needs_images_says_so(case, tmp_path):
     frame, frames = raw(golden)[0][0], model.config.vision.video_frames
     with pytest.raises(ConfigError, match=f"embeds videos of {frames} frames, not images: use enc"):
         model.encode_image(frame)
-    with pytest.raises(ConfigError, match=f"takes videos of {frames} frames: leave it out"):
+    with pytest.raises(ConfigError, match=f"takes videos of {frames} frames: give {frames}"):
         model.encode_video([frame], frames=3)
     with pytest.raises(ConfigError, match="takes videos, and an exported program takes images"):
         vlm.export(model, tmp_path / "program")
