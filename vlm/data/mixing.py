@@ -40,16 +40,16 @@ def expected_distinct(counts: Iterable[int], batch: int) -> float:
         >>> expected_distinct([1, 1], 1), round(expected_distinct([2, 2], 2), 3)
         (1.0, 1.667)
     """
-    from scipy.special import gammaln
-
-    n = np.asarray(list(counts), np.float64)
-    total = n.sum()
-    batch = min(batch, int(total))
-    left = total - n - batch
-    with np.errstate(invalid="ignore"):
-        absent = gammaln(total - n + 1) - gammaln(np.maximum(left, 0) + 1)
-        absent += gammaln(total - batch + 1) - gammaln(total + 1)
-    return float(np.sum(1 - np.where(left < 0, 0.0, np.exp(absent))))
+    n = np.asarray(list(counts), np.int64)
+    if not n.size:
+        return 0.0
+    total = int(n.sum())
+    batch = min(batch, total)
+    # The quotient is the product of 1 - B / (N-j) over j < n.
+    drawn = np.minimum(batch / (total - np.arange(n.max())), 1)
+    with np.errstate(divide="ignore"):
+        absent = np.exp(np.cumsum(np.log1p(-drawn)))
+    return float(np.sum(1 - np.concatenate([[1.0], absent])[n]))
 
 
 class MixingResult(NamedTuple):
