@@ -112,16 +112,19 @@ def test_resnet(tmp_path):
     assert max(found.differences.values()) < 1e-5
 
 
+IMAGE_TOWERS = (
+    "hf_siglip", "oc_fastvit", "oc_convnext", "oc_eva02", "oc_vitamin", "oc_swin", "oc_resnet_v1",
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["hf_siglip", "oc_fastvit", "oc_convnext", "oc_eva02", "oc_vitamin"]
-)
+@pytest.mark.parametrize("name", IMAGE_TOWERS)
 def test_every_kind_of_image_tower(name, tmp_path):
     found = export(load(GOLDEN / name), tmp_path / "o", "onnx", tower="vision", batches=[1, 3])
     assert found.differences["image"] < 5e-5
 
 
-@pytest.mark.parametrize("name", ["hf_chinese_clip", "oc_coca", "hf_naflex"])
+@pytest.mark.parametrize("name", ["hf_chinese_clip", "oc_coca", "hf_naflex", "oc_modernbert"])
 def test_every_kind_of_text_tower(name, tmp_path):
     found = export(load(GOLDEN / name), tmp_path / "o", "onnx", tower="text", batches=[1, 3])
     assert found.differences["text"] < 1e-5

@@ -181,7 +181,8 @@ def rotation(count: int, head_dim: int, base: float) -> Rotation:
 def rotate_halves(x: Float[Array, "b n h d"], rotation: Rotation) -> Float[Array, "b n h d"]:
     """Rotate the first half of each head's channels with the second half."""
     sin, cos = (part[:, None] for part in rotation)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    wide, half = x.astype(jnp.float32), x.shape[-1] // 2
+    first, second = wide[..., :half], wide[..., half:]
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 

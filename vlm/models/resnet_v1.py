@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from vlm.config import ResNetV1Config
@@ -128,7 +129,8 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
     h, w = x.shape[1:3]
     lowest = jnp.finfo(x.dtype).min
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=lowest)
-    parts = [x[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
+    rows = [lax.slice_in_dim(x, i, i + h, 2, axis=1) for i in range(3)]
+    parts = [lax.slice_in_dim(row, j, j + w, 2, axis=2) for row in rows for j in range(3)]
     found = parts[0]
     for part in parts[1:]:
         found = jnp.maximum(found, part)
