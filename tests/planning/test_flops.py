@@ -14,6 +14,7 @@ from vlm.config import (
     ConvNeXtConfig,
     EfficientNetConfig,
     EfficientNetStage,
+    EncoderTextConfig,
     FastViTConfig,
     FastViTStage,
     GroupViTConfig,
@@ -29,7 +30,7 @@ from vlm.models.flops import (
     model_flops,
     step_flops,
 )
-from vlm.models.towers import vision_flops, vision_tower
+from vlm.models.towers import text_flops, text_tower, vision_flops, vision_tower
 from vlm.nn.transformer import Execution
 from vlm.planning.compile import batch_of, planned_supervision
 from vlm.sharding import make_mesh
@@ -166,6 +167,14 @@ def test_flops_of_a_tower_are_those_of_its_program(vision):
     tower = vision_tower(vision, 20, execution=execution, rngs=nnx.Rngs(0))
     jaxpr = jax.make_jaxpr(tower)(jnp.zeros((1, size, size, 3))).jaxpr
     assert sum(vision_flops(vision, 20).values()) == counted(jaxpr)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_flops_of_a_text_encoder_are_those_of_its_program(positions):
+    text = EncoderTextConfig(48, 8, 24, 2, 3, 6, 20, positions, projection="mlp")
+    tower = text_tower(text, 20, execution=Execution(remat="none"), rngs=nnx.Rngs(0))
+    jaxpr = jax.make_jaxpr(tower)(jnp.ones((1, 8), jnp.int32)).jaxpr
+    assert sum(text_flops(text, 20).values()) == counted(jaxpr)
 
 
 def test_flops_of_naflex_are_of_as_many_patches_as_it_takes():

@@ -352,3 +352,14 @@ def test_refusals_list_everything():
         r"activation 'gelu' \(not 'gelu_tanh'\)",
     ):
         open_clip_config(config, bundle.tokenizer)
+
+
+@pytest.mark.parametrize("form", ["open_clip", "huggingface"])
+@pytest.mark.parametrize("name", ["oc_modernbert", "oc_mt5"])
+def test_text_encoders_are_written_as_bundles_alone(name, form, tmp_path):
+    ours = load(GOLDEN / name, context_length=9)
+    with pytest.raises(CheckpointError, match="does not write them: save the model as a vlm bund"):
+        ours.save(tmp_path / "theirs", format=form)
+    ours.save(tmp_path / "bundle")
+    again = load(tmp_path / "bundle")
+    assert np.array_equal(again.encode_text(["a cat"]), ours.encode_text(["a cat"]))
