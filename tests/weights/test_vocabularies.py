@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from etils import epath
 from vlm.config import ModelConfig, TextConfig
 from vlm.errors import CheckpointError
 from vlm.weights import sentencepiece
+from vlm.weights.registry import open_checkpoint
 from vlm.weights.vocabularies import (
     clip_tokenizer,
     huggingface_tokenizer,
@@ -138,3 +140,17 @@ def test_a_separator_inside_a_text(tmp_path, strip):
         expected = np.where(expected == 3, 0, expected)
     assert np.array_equal(ours(texts), expected)
     assert ours.decode(ours(["a cat"])) == ["a cat"]
+
+
+def test_the_pieces_of_t5_end_with_its_end_token(tmp_path):
+    """A folder with `spiece.model` and no `tokenizer.json`, as T5's own."""
+    for file in (GOLDEN / "oc_mt5").iterdir():
+        if file.name != "tokenizer.json":
+            shutil.copy(file, tmp_path)
+    shutil.copy(GOLDEN / "spiece.model", tmp_path)
+    about = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    tokenizer = open_checkpoint(epath.Path(tmp_path)).tokenizer
+    end = tokenizer.vocabulary.token_to_id("</s>")
+    assert tokenizer.config.eos_id == end
+    assert end in tokenizer(["a cat"])[0]

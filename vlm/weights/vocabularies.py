@@ -36,6 +36,13 @@ def clip_tokenizer(
     return Tokenizer.from_file(CLIP_VOCABULARY, rules)
 
 
+# End token by tokenizer class, which adds it without naming it in `tokenizer.json`.
+_ENDS = {
+    "GemmaTokenizer": "<eos>", "Siglip2Tokenizer": "<eos>", "T5Tokenizer": "</s>",
+    "MT5Tokenizer": "</s>",
+}  # fmt: skip
+
+
 def huggingface_tokenizer(
     folder: epath.Path, config: ModelConfig, *, clean: Clean = "none"
 ) -> Tokenizer:
@@ -75,8 +82,8 @@ def huggingface_tokenizer(
     vocabulary.no_truncation()
     eos_token = settings.text("eos_token")
     eos = vocabulary.token_to_id(eos_token)
-    if vocabulary.post_processor is None and kind in ("GemmaTokenizer", "Siglip2Tokenizer"):
-        name = eos_token or "<eos>"
+    if vocabulary.post_processor is None and kind in _ENDS:
+        name = eos_token or _ENDS[kind]
         token = vocabulary.token_to_id(name)
         if token is None:
             where = f"{settings.file}: eos_token {brief(name)}"
