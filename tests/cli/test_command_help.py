@@ -71,7 +71,7 @@ def test_numbers_and_pairs_are_typed_as_in_a_shell():
     assert options["--resolution-schedule"].value == "NUMBER INTEGER ..."
     assert options["--optimizer.clip-norm"].default == "1"
     assert options["--optimizer.ema"].default == "no EMA"
-    assert options["--model.text.pool"].value == "end|argmax|first|last|class|mean|max|map"
+    assert options["--model.text.pool"].value == "end|argmax|first|last|class|appended|mean|max|map"
     labelled = signatures.of_config(vlm.DataConfig("x", label="a", templates=("a photo of a {}.",)))
     assert {o.name: o for o in labelled}["--templates"].default == "'a photo of a {}.'"
 
