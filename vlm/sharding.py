@@ -21,6 +21,7 @@ from vlm.errors import ShardingError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch is sharded over both
+PER_DATA_SHARD = "per_data_shard"  # scope of the operations of towers, in the names of a program
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -106,9 +107,18 @@ def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
+def free_batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Return the axes of a batch on a mesh; those that a `jax.shard_map` has mapped have no part.
+
+    Inside `per_data_shard`, a batch is one shard along `data`, and divides over `fsdp` only.
+    """
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(axis for axis in BATCH_AXES if kinds[axis] != AxisType.Manual)
+
+
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Return the number of shards of a batch on a mesh."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return math.prod(mesh.shape[axis] for axis in free_batch_axes(mesh))
 
 
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, what: str = "batch_size") -> None:
@@ -206,7 +216,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> Any:
 def mesh_of(x: jax.Array) -> AbstractMesh | None:
     """Return the mesh of a traced array from its type; None if it has no mesh of these axes."""
     mesh = jax.typeof(x).sharding.mesh
-    known = tuple(mesh.axis_names) == AXES and set(mesh.axis_types) == {AxisType.Auto}
+    known = tuple(mesh.axis_names) == AXES and AxisType.Explicit not in mesh.axis_types
     return mesh if known else None
 
 
@@ -282,7 +292,36 @@ def by_rows(x: jax.Array) -> jax.Array:
     mesh = mesh_of(x)
     if mesh is None or batch_ways(mesh) == 1 or x.shape[0] % batch_ways(mesh):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(free_batch_axes(mesh))))
+
+
+def maps_data(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether `per_data_shard` maps functions on a mesh."""
+    return mesh.shape["data"] > 1 and 1 in (mesh.shape["fsdp"], mesh.shape["tensor"])
+
+
+def per_data_shard(function: Function, mesh: Mesh | AbstractMesh) -> Function:
+    """Map `function(params, *rows)` over the shards of its rows along the mesh axis `data`.
+
+    It treats every example alone, and returns rows. The gradient of `params` is then summed over
+    `data` once and in the type of `params`, after each device has added up that of its own rows.
+    XLA's partitioner would sum it in each micro-batch, and in the type of the activations. It still
+    does on meshes of three axes, where it fails on functions that are mapped over only one.
+    """
+    if not maps_data(mesh):
+        return function
+
+    def call(params: Any, *rows: Any) -> Any:
+        return jax.shard_map(
+            jax.named_scope(PER_DATA_SHARD)(function),
+            mesh=mesh,
+            axis_names={"data"},
+            in_specs=(P(), *(P("data") for _ in rows)),
+            out_specs=P("data"),
+            check_vma=False,
+        )(params, *rows)
+
+    return cast(Function, call)
 
 
 def cut_over_fsdp(x: jax.Array) -> bool:

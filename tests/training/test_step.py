@@ -18,6 +18,8 @@ from vlm.data.faults import BadSamples
 from vlm.errors import TrainingError
 from vlm.evaluation.training_report import _flat
 from vlm.models import adapters
+from vlm.planning.collectives import GRADIENTS
+from vlm.planning.compile import compile_step
 from vlm.sharding import global_batch, make_mesh, path_names
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.logs import Logs
@@ -83,6 +85,16 @@ def test_micro_batches_are_the_batch(noisy, devices, micro, tolerance):
     np.testing.assert_allclose(got_losses, losses, rtol=tolerance)
     assert_near(got.params, state.params, tolerance)
     assert_near(got.ema, state.ema, tolerance)
+
+
+def test_micro_batches_send_their_gradients_once(tiny):
+    def sent(micro):
+        found = compile_step(tiny(micro_batch_size=micro), make_mesh(MeshConfig()))
+        return sum(c.sent for c in found.collectives if c.place == GRADIENTS)
+
+    whole = sent(None)
+    assert whole > 0
+    assert sent(8) <= 1.1 * whole
 
 
 @pytest.fixture(scope="module")

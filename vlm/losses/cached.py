@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from vlm.errors import ConfigError
@@ -54,24 +53,22 @@ def cached_value_and_grad(
     def value_and_grad(params, micro_batches, keys):
         _check_leading_axes(micro_batches, keys)
 
-        def embed_one(_, micro_batch):
-            return None, embed(params, *micro_batch)
+        def loss_of(params):
+            return loss(params, *join_batch(cached_embed(embed)(params, micro_batches, keys)))
 
-        def loss_of_all(params, z):
-            return loss(params, *join_batch(z))
-
-        def replay_one(gradients, micro_batch_and_dz):
-            *micro_batch, dz = micro_batch_and_dz
-            _, pull_back = jax.vjp(lambda params: embed(params, *micro_batch), params)
-            return jax.tree.map(jnp.add, gradients, *pull_back(dz)), None
-
-        _, z = lax.scan(embed_one, None, (micro_batches, keys))
-        whole = jax.value_and_grad(loss_of_all, argnums=(0, 1), has_aux=has_aux)
-        value, (gradients, dz) = whole(params, z)
-        gradients, _ = lax.scan(replay_one, gradients, (micro_batches, keys, dz))
-        return value, gradients
+        return jax.value_and_grad(loss_of, has_aux=has_aux)(params)
 
     return value_and_grad
+
+
+def cached_embed(embed: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """Make a function that embeds micro-batches in turn, and each again in its backward pass."""
+    again = jax.checkpoint(embed, prevent_cse=False)
+
+    def embed_all(params, micro_batches, keys):
+        return lax.scan(lambda _, x: (None, again(params, *x)), None, (micro_batches, keys))[1]
+
+    return embed_all
 
 
 def split_batch(batch: Any, count: int) -> Any:

@@ -19,7 +19,7 @@ from vlm.nn.intermediates import Intermediates, capture
 from vlm.nn.layers import LayerNorm, linear
 from vlm.nn.positions import Rotation, rotate
 from vlm.nn.remat import ATTENDED, PROJECTED
-from vlm.sharding import BATCH_AXES, batch_ways, mesh_of
+from vlm.sharding import batch_ways, free_batch_axes, mesh_of
 
 
 def attend(
@@ -58,7 +58,7 @@ def _sharded_kernel(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, ca
     mesh, XLA would choose a layout for it and copy.
     """
     b, n, heads, d = shape
-    examples = BATCH_AXES if b % batch_ways(mesh) == 0 else None
+    examples = free_batch_axes(mesh) if b % batch_ways(mesh) == 0 else None
     ways = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
     rows = P(examples, None, "tensor" if ways > 1 else None)
     kernel = jax.shard_map(
@@ -69,6 +69,7 @@ def _sharded_kernel(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, ca
             vmem=tpu_attention.vmem_on(mesh),
         ),
         mesh=mesh,
+        axis_names={*free_batch_axes(mesh), "tensor"},
         in_specs=(rows, rows, rows, P(examples) if masked else P()),
         out_specs=rows,
         check_vma=False,

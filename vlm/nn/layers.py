@@ -89,8 +89,10 @@ def linear(
         y = y if factors is None else y * factors.astype(layer.dtype)
     if layer.bias is None:
         return y
-    bias = layer.bias[...].reshape(-1).astype(layer.dtype)
-    return y + (lax.stop_gradient(bias) if fixed_bias else bias)
+    bias = layer.bias[...].reshape(-1)
+    bias = lax.stop_gradient(bias) if fixed_bias else bias
+    # The gradient of a bias is a sum over all rows, which bfloat16 would round at each addition.
+    return (y.astype(bias.dtype) + bias).astype(layer.dtype)
 
 
 class Linear(nnx.Linear):

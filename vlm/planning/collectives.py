@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm.planning.hlo import Instruction, Program
+from vlm.sharding import PER_DATA_SHARD
 from vlm.training.selection import SCOPE
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -128,10 +129,11 @@ def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
 def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -> str:
     if f"/{SCOPE}/" in op_name and "shard_map" in op_name:
         return SELECTION
-    if kind == "collective-permute" and "shard_map" in op_name:
+    in_loss = "shard_map" in op_name and f"/{PER_DATA_SHARD}/" not in op_name
+    if kind == "collective-permute" and in_loss:
         return LOSS_RING
     # The compiler merges small reductions under the name of one of them, so check shapes too.
-    if "shard_map" in op_name and not of_parameter:
+    if in_loss and not of_parameter:
         return LOSS_SUMS
     if axes == ("tensor",):
         return TENSOR

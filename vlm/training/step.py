@@ -20,7 +20,7 @@ from vlm.config import Code, Experiment, TokenizerConfig
 from vlm.config.defaults import with_defaults
 from vlm.errors import ConfigError, check_choice
 from vlm.inputs.preprocess import Preprocess
-from vlm.losses.cached import cached_value_and_grad, split_batch
+from vlm.losses.cached import cached_embed, join_batch, split_batch
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.flops import Supervision
@@ -30,8 +30,8 @@ from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
 from vlm.sharding import (
     batch_sharding,
-    batch_ways,
     global_batch,
+    per_data_shard,
     placed,
     replicated,
     shardings,
@@ -207,27 +207,30 @@ class Trainer:
         e, scale = self.experiment, self.teacher.log_scale if self.teacher else 0.0
         count = _rows(batch["images"])
         keys = jax.random.split(key, count)  # of each example, for dropout and patch dropout
-        ways = batch_ways(self.mesh)
         if "rows" in batch:  # sorted by the lengths of the texts
             keys = keys[batch["rows"]]
 
         def embed(params, batch, keys):
-            return self._embed(joined(params, state.frozen), batch, keys, size)
+            return self._embed(joined(*params), batch, keys, size)
 
-        def loss(params, *z):
+        def embed_in_parts(params, batch, keys):
+            assert e.micro_batch_size is not None
+            parts = split_batch((batch, keys), e.batch_size // e.micro_batch_size)
+            return join_batch(cached_embed(embed)(params, *parts))
+
+        in_parts = e.micro_batch_size not in (None, e.batch_size)
+        towers = per_data_shard(embed_in_parts if in_parts else embed, self.mesh)
+
+        def loss(params):
+            z = towers((params, state.frozen), batch, keys)
             params, loss_key = joined(params, state.frozen), jax.random.fold_in(key, _LOSSES)
             of_loss, tokens = batch, batch["tokens"]
             if e.losses and isinstance(tokens, tuple):
                 length = e.model.text.context_length
-                of_loss = batch | {"tokens": whole_tokens(tokens, ways, length, self.rules.pad_id)}
-            return objective(e, self.mesh, params, of_loss, Embeddings(*z), loss_key, scale)
+                of_loss = batch | {"tokens": whole_tokens(tokens, length, self.rules.pad_id)}
+            return objective(e, self.mesh, params, of_loss, z, loss_key, scale)
 
-        micro = e.micro_batch_size
-        if micro is None or micro == e.batch_size:
-            whole = jax.value_and_grad(lambda p: loss(p, *embed(p, batch, keys)), has_aux=True)
-            return whole(state.params)
-        parts = split_batch((batch, keys), e.batch_size // micro)
-        return cached_value_and_grad(embed, loss, has_aux=True)(state.params, *parts)
+        return jax.value_and_grad(loss, has_aux=True)(state.params)
 
     def _embed(
         self, params: Params, batch: dict, keys: Key[Array, " b"] | None, size: int
@@ -247,8 +250,7 @@ class Trainer:
         elif e.text_masking:
             mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
             tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
-        ways = batch_ways(self.mesh)
-        return embeddings(self._model(params), images, tokens, keys, names, ways)
+        return embeddings(self._model(params), images, tokens, keys, names)
 
     def _select(
         self, state: TrainState, batch: dict, key: Key[Array, ""], size: int
