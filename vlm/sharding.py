@@ -110,7 +110,7 @@ def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 def free_batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Return the axes of a batch on a mesh; those that a `jax.shard_map` has mapped have no part.
 
-    Inside `per_data_shard`, a batch is one shard along `data`, and divides over `fsdp` only.
+    Inside `per_data_shard`, a batch is one shard along `data`.
     """
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(axis for axis in BATCH_AXES if kinds[axis] != AxisType.Manual)
@@ -295,20 +295,16 @@ def by_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(free_batch_axes(mesh))))
 
 
-def maps_data(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether `per_data_shard` maps functions on a mesh."""
-    return mesh.shape["data"] > 1 and 1 in (mesh.shape["fsdp"], mesh.shape["tensor"])
-
-
 def per_data_shard(function: Function, mesh: Mesh | AbstractMesh) -> Function:
     """Map `function(params, *rows)` over the shards of its rows along the mesh axis `data`.
 
     It treats every example alone, and returns rows. The gradient of `params` is then summed over
     `data` once and in the type of `params`, after each device has added up that of its own rows.
     XLA's partitioner would sum it in each micro-batch, and in the type of the activations. It still
-    does on meshes of three axes, where it fails on functions that are mapped over only one.
+    does on meshes of several axes: of functions that are mapped over one of them, it gathers
+    activations over `fsdp`, and fails with `tensor` beside it.
     """
-    if not maps_data(mesh):
+    if mesh.shape["data"] != math.prod(mesh.shape.values()) or mesh.shape["data"] == 1:
         return function
 
     def call(params: Any, *rows: Any) -> Any:

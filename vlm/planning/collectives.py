@@ -126,14 +126,18 @@ def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
     return operand, operand
 
 
+def in_loss(op_name: str) -> bool:
+    """Whether an operation is mapped over devices, and not one of a tower."""
+    return "shard_map" in op_name and f"/{PER_DATA_SHARD}/" not in op_name
+
+
 def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -> str:
     if f"/{SCOPE}/" in op_name and "shard_map" in op_name:
         return SELECTION
-    in_loss = "shard_map" in op_name and f"/{PER_DATA_SHARD}/" not in op_name
-    if kind == "collective-permute" and in_loss:
+    if kind == "collective-permute" and in_loss(op_name):
         return LOSS_RING
     # The compiler merges small reductions under the name of one of them, so check shapes too.
-    if in_loss and not of_parameter:
+    if in_loss(op_name) and not of_parameter:
         return LOSS_SUMS
     if axes == ("tensor",):
         return TENSOR

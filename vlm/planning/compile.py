@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from vlm.config import Experiment
 from vlm.data.sources import classes_of
 from vlm.models.flops import Supervision
-from vlm.planning.collectives import Collective, collectives
+from vlm.planning.collectives import Collective, collectives, in_loss
 from vlm.planning.hlo import Program, parse
 from vlm.sharding import (
     AXES,
@@ -322,7 +322,7 @@ def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
     depths = {getattr(tower, "depth", None) for tower in towers} - {None}
     total = 0
     for loop, _, _ in program.walk():
-        if loop.opcode != "while" or "transpose(" in loop.op_name or "shard_map" in loop.op_name:
+        if loop.opcode != "while" or "transpose(" in loop.op_name or in_loss(loop.op_name):
             continue
         if program.trip_count(loop) not in depths:
             continue

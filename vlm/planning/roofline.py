@@ -14,7 +14,7 @@ from vlm.config import Experiment, ModelConfig, ViTConfig
 from vlm.models.flops import model_flops
 from vlm.planning.analytic import analytic_operations, unit_padding
 from vlm.planning.calibration import MEMORY, WIDTH, Calibration, Range
-from vlm.planning.collectives import LOSS_RING, TENSOR, Collective
+from vlm.planning.collectives import LOSS_RING, TENSOR, Collective, in_loss
 from vlm.planning.compile import CompiledStep, StateBytes, planned_supervision
 from vlm.planning.hlo import prefetches
 from vlm.planning.topology import Topology
@@ -109,7 +109,7 @@ def compiled_roofline(
         if prefetches(instruction):
             continue
         operations += max(arithmetic, traffic)
-        if "shard_map" in instruction.op_name:
+        if in_loss(instruction.op_name):
             loss += max(arithmetic, traffic)
     ring = sum(_seconds(c, topology) for c in step.collectives if c.place == LOSS_RING)
     rest = sum(_seconds(c, topology) for c in step.collectives if c.place != LOSS_RING)
