@@ -1,7 +1,7 @@
 """ConvNeXt vision towers of open_clip folders, which are timm's."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from vlm.config import ConvNeXtConfig
 from vlm.weights import timm_heads
@@ -49,7 +49,7 @@ def vision_config(
         widths=tuple(width for _, width in sizes),
         mlp_dims=tuple(mlp_dim for mlp_dim, _ in sizes),
         norm_eps=TOWERS[name.partition(".")[0]].norm_eps,
-        projection=_OURS.get(projection, projection),
+        projection=cast(Any, _OURS.get(projection, projection)),
         pool=timm_heads.pool_of(pool),
     )
 

@@ -165,7 +165,7 @@ def _preprocess(folder: epath.Path, image_size: int) -> PreprocessConfig:
     )
 
 
-_PLUS_ONE = Transform(lambda s: s, lambda x, s: x + 1, lambda x: x - 1)
+_PLUS_ONE = Transform(lambda s: s, lambda x, s: x.astype(np.float32) + 1, lambda x: x - 1)
 _STEM = Transform(  # torch's (out, in, 1, height, width)
     lambda s: (s[3], s[2], 1, s[0], s[1]),
     lambda x, s: x[:, :, 0].transpose(2, 3, 1, 0),
