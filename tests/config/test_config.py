@@ -185,7 +185,7 @@ def test_a_resnet_is_checked():
             {},
             "ViTConfig.max_patches 9 is only valid for NaFlex",
         ),
-        ({"max_patches": 9, "pre_norm": True}, {}, "remove class_token, registers, rotary, stem_norm and pre"),
+        ({"max_patches": 9, "pre_norm": True}, {}, "rotary, stem_norm and pre_norm, and"),
         ({"width": 100}, {}, "ViTConfig.width 100 is not a multiple of heads 12"),
         ({}, {"width": 512, "heads": 8, "projection": "none"}, "must equal embed_dim 768"),
         ({"image_size": 12}, {}, "image_size 12 holds no patch of patch_size 16"),
