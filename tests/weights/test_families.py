@@ -71,10 +71,40 @@ def with_tensors(name: str, folder: pathlib.Path, change) -> pathlib.Path:
         ("oc_biomed", "text_cfg", {"hf_model_name": "x/nobert"}, "'x/nobert', whose sizes vlm"),
         ("oc_bert", "text_cfg", {"hf_proj_type": "mlp"}, r"missing from the file: .*text\.proj\.0"),
         ("oc_xlm_roberta", "text_cfg", {"hf_proj_type": "conv"}, "hf_proj_type is 'conv'"),
+        *(
+            (name, "text_cfg", {"hf_model_config": options}, f"hf_model_config {message}")
+            for name in ("oc_xlm_roberta", "oc_modernbert", "oc_mt5")
+            for options, message in (
+                ({"hidden_dropout_prob": 0.0, "hidden_act": "relu"}, "has hidden_act 'relu'"),
+                (["hidden_act"], r"is \['hidden_act'\], not an object"),
+                ("relu", "is 'relu', not an object"),
+            )
+        ),
+        ("oc_vit", "text_cfg", {"variable_text": True}, "variable_text is true"),
     ],
 )
 def test_unsupported_options_are_named(name, tower, fields, message, tmp_path, unread):
     folder = with_config(name, tmp_path / "model", tower, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], not an object"),
+        ({"rope_parameters": {"full_attention": 3}}, "full_attention is 3, not an object"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters has rope_theta"),
+        ({"rope_parameters": {"full_attention": {"type": "yarn"}}}, "type is 'yarn'"),
+        ({"rope_parameters": {"sliding_attention": {"factor": 2}}}, "has factor 2"),
+    ],
+)
+def test_rotary_settings_of_modernbert_are_refused(change, message, tmp_path, unread):
+    folder = copy("oc_modernbert", tmp_path / "model")
+    file = folder / "config.json"
+    about = json.loads(file.read_text()) if file.exists() else {"model_type": "modernbert"}
+    file.write_text(json.dumps(about | change))
     with pytest.raises(CheckpointError, match=message):
         load(folder)
 

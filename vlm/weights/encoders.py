@@ -4,7 +4,7 @@ A folder gives the encoder's name and its weights. The `config.json` of the enco
 checked if it is there; ModernBERTs of another name need it for their number of heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from vlm.config import EncoderTextConfig
 from vlm.errors import CheckpointError, brief
 from vlm.weights.checkpoint import ComputedTensors
-from vlm.weights.fields import MAX_LAYERS, choice, integer, number, with_defaults
+from vlm.weights.fields import MAX_LAYERS, choice, fields, integer, number, with_defaults
 from vlm.weights.files import Tensors
 from vlm.weights.layers import linear
 from vlm.weights.rules import LINEAR, OUT, Rule, Shapes, count_layers
@@ -77,12 +77,6 @@ def described(c: Mapping[str, Any], where: str, about: Mapping[str, Any]) -> dic
     Raises:
         CheckpointError: another pooler, projection or option of the encoder.
     """
-    for field, value in (c["hf_model_config"] or {}).items():
-        if field != "max_position_embeddings" and "dropout" not in field:
-            raise CheckpointError(
-                f"{where}: text_cfg.hf_model_config has {field} {brief(value)}, which vlm does not "
-                "support"
-            )
     # A null is the default of both architectures.
     pooler = choice(c["hf_pooler_type"] or "mean_pooler", _POOLS, f"{where}: hf_pooler_type")
     kinds = ("mlp", "linear", None)  # null: none
@@ -104,13 +98,14 @@ def _modernbert(name: str, about: Mapping[str, Any], place: str) -> dict[str, An
         choice(given[field], (wanted,), f"{place}: {field}")
     depth = integer(given["num_hidden_layers"], f"{place}: num_hidden_layers", high=MAX_LAYERS)
     every = _every(about, depth, place)
+    choice(about.get("rope_scaling"), (None,), f"{place}: rope_scaling")
+    ropes = _known(about.get("rope_parameters"), _ROPES, f"{place}: rope_parameters")
     bases = []
-    for kind, old, default in (
-        ("full_attention", "global_rope_theta", 160_000.0),
-        ("sliding_attention", "local_rope_theta", 10_000.0),
-    ):
-        rope = (about.get("rope_parameters") or {}).get(kind) or {}
-        choice(rope.get("rope_type", "default"), ("default",), f"{place}: {kind}.rope_type")
+    for kind, (old, default) in _ROPES.items():
+        at = f"{place}: rope_parameters.{kind}"
+        rope = _known(ropes.get(kind), ("rope_type", "type", "rope_theta"), at)
+        for field in ("rope_type", "type"):
+            choice(rope.get(field, "default"), ("default",), f"{at}.{field}")
         base = rope.get("rope_theta") or about.get(old) or default
         bases.append(number(base, f"{place}: {old}", above=0.0))
     heads = _MODERNBERTS.get(name) if not about else given["num_attention_heads"]
@@ -125,7 +120,21 @@ def _modernbert(name: str, about: Mapping[str, Any], place: str) -> dict[str, An
     }
 
 
+# Blocks with a rotary base of their own: its name in older files, and the default.
+_ROPES = {
+    "full_attention": ("global_rope_theta", 160_000.0),
+    "sliding_attention": ("local_rope_theta", 10_000.0),
+}
 _OFF = (("attention_bias", False), ("norm_bias", False), ("mlp_bias", False))
+
+
+def _known(value: Any, names: Collection[str], where: str) -> dict[str, Any]:
+    """Check that `value` is an object of fields with only these `names`."""
+    values = fields(value, where)
+    for name, given in values.items():
+        if name not in names and given is not None:
+            raise CheckpointError(f"{where} has {name} {brief(given)}, which vlm does not support")
+    return values
 
 
 def _every(about: Mapping[str, Any], depth: int, place: str) -> int:

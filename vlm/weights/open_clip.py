@@ -193,6 +193,7 @@ def model_config(
         vision_tower = naflexvit.with_length(
             vision_tower, length, f"{where}: vision_cfg.image_seq_len"
         )
+    _check_text(text, f"{where}: text_cfg")
     if text["hf_model_name"]:
         known = encoders.recognises(text["hf_model_name"], encoder or {})
         family = encoders if known else text_encoders
@@ -257,8 +258,6 @@ def _text(c: dict[str, Any], quick: bool, where: str) -> TextConfig:
     }  # fmt: skip
     pool = pools[choice(c["pool_type"], pools, f"{where}.pool_type")]
     pool = "class" if c["embed_cls"] else pool
-    if c["variable_text"]:
-        raise CheckpointError(f"{where}.variable_text is true, and vlm reads only fixed lengths")
     linear: TextProjection = "linear_bias" if c["proj_bias"] else "linear"
     projections: dict[str, TextProjection] = {"none": "none", "linear": linear}
     return TextConfig(
@@ -272,6 +271,23 @@ def _text(c: dict[str, Any], quick: bool, where: str) -> TextConfig:
         projection=projections[choice(c["proj_type"], projections, f"{where}.proj_type")],
         **_tower(c, quick, where),
     )
+
+
+def _check_text(c: dict[str, Any], where: str) -> None:
+    """Check the fields of open_clip's main branch that change the towers of older versions.
+
+    Raises:
+        CheckpointError: an override of the encoder's config, or texts of variable length.
+    """
+    for field, value in fields(c["hf_model_config"], f"{where}.hf_model_config").items():
+        # The tensors show the number of positions.
+        if field != "max_position_embeddings" and "dropout" not in field:
+            raise CheckpointError(
+                f"{where}.hf_model_config has {field} {brief(value)}, which vlm does not support"
+            )
+    # Encoders of transformers mask the padding, so that batches of shorter texts embed the same.
+    if c["variable_text"] and not c["hf_model_name"]:
+        raise CheckpointError(f"{where}.variable_text is true, and vlm reads only fixed lengths")
 
 
 def _tower(c: dict[str, Any], quick: bool, where: str) -> dict[str, Any]:
