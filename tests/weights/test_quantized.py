@@ -102,6 +102,12 @@ def scales(suffix, shape):
         ("compressed_int8", scales(".weight_scale", (7, 1)), "has scales of shape"),
         ("compressed_int8", scales(".weight_scale", (1, 7)), "has scales of shape"),
         ("compressed_int8", scales(".weight_scale", (0, 1)), "has scales of shape"),
+        ("compressed_int8", scales(".weight_scale", (40, 1, 1)), "has scales of shape"),
+        ("compressed_int8_zero", scales(".weight_zero_point", (24, 1)), "for scales of"),
+        ("quanto_int8", scales(".weight._scale", (7,)), "neither one scale"),
+        ("quanto_int8", scales(".weight._scale", (7, 1)), "neither one scale"),
+        ("quanto_int8", scales(".weight._scale", (40, 1, 1)), "neither one scale"),
+        ("bitsandbytes", scales(".weight_format", ()), "tiled layout of old versions"),
         ("bitsandbytes", scales(".SCB", (7,)), "of shape"),
         ("compressed_int8", lambda arrays: arrays.pop(f"{LAYER}.weight"), "weight of shape None"),
         ("bitsandbytes", lambda arrays: arrays.pop(f"{LAYER}.weight"), "weight of None"),
@@ -121,6 +127,38 @@ def scales(suffix, shape):
 def test_scales_that_do_not_fit(name, change, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         load(copied(name, tmp_path / "m", change))
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "tiles"),
+    [([24, 16], (40, 24), (2, 2)), ([40, 16], (40, 24), (1, 2)), ([16, 24], (40, 24), (3, 1))],
+)
+def test_tiles_that_do_not_divide_a_matrix(size, shape, tiles, tmp_path):
+    """Also one row or column of tiles, whose scales look like those of rows or groups."""
+    scale = np.arange(1, 1 + tiles[0] * tiles[1], dtype=np.float32).reshape(tiles)
+
+    def change(arrays):
+        for name in [n for n in arrays if n.endswith("_scale_inv") and not n.startswith(LAYER)]:
+            weight = arrays[name.removesuffix("_scale_inv")]
+            arrays[name] = np.ones(-(-np.array(weight.shape) // size), np.float32)
+        arrays[f"{LAYER}.weight"] = np.ones(shape, ml_dtypes.float8_e4m3fn)
+        arrays[f"{LAYER}.weight_scale_inv"] = scale
+
+    bundle = load(copied("fp8", tmp_path / "m", change, weight_block_size=size))
+    kernel = np.asarray(bundle.model.text.transformer.blocks.mlp.up.kernel[...])[0]
+    expected = scale.repeat(size[0], 0)[: shape[0]].repeat(size[1], 1)[:, : shape[1]]
+    np.testing.assert_array_equal(kernel.T, expected)
+
+
+def test_quanto_scales_in_a_row_are_of_the_rows(tmp_path):
+    """Also of a square matrix, where they could be multiplied with its columns."""
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+
+    def change(arrays):
+        arrays[f"{layer}.weight._scale"] = arrays[f"{layer}.weight._scale"].reshape(-1)
+
+    changed = load(copied("quanto_int8", tmp_path / "m", change)).encode_text(["a cat"])
+    np.testing.assert_array_equal(changed, load(QUANTIZED / "quanto_int8").encode_text(["a cat"]))
 
 
 def test_quanto_of_fewer_bits_is_refused(tmp_path):

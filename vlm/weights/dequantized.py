@@ -82,9 +82,9 @@ def grid_of(where: str, name: str, scale: tuple[int, ...], shape: tuple[int, ...
     Raises:
         CheckpointError: they do not divide the matrix.
     """
-    down, across = (*scale, 1, 1)[:2] if len(scale) < 2 else scale
+    down, across = (*scale, 1, 1)[:2]
     rows, columns = shape
-    if down in (1, rows) and across and columns % across == 0:
+    if len(scale) <= 2 and down in (1, rows) and down and across and columns % across == 0:
         return Grid(rows // down, columns // across)
     raise CheckpointError(
         f"{where}: {brief(name)} has scales of shape {scale} for a matrix of {shape}: "

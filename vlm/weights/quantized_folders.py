@@ -90,6 +90,12 @@ def _bitsandbytes(tensors: Tensors) -> Iterator[tuple[str, Quantized]]:
     for name in _stems(tensors, ".SCB"):
         weight = f"{name}.weight"
         _check_rows(tensors, weight, f"{name}.SCB")
+        layout = f"{name}.weight_format"
+        if layout in tensors.shapes and (found := tensors.read(layout)).any():
+            raise CheckpointError(
+                f"{tensors.where}: {brief(layout)} is {brief(found.tolist())}, a tiled layout of "
+                f"old versions of bitsandbytes: {_FIX}"
+            )
         yield weight, Quantized(weight, f"{name}.SCB", grid=_row(tensors, weight), factor=1 / 127)
 
 
@@ -115,16 +121,24 @@ def _scaled(tensors: Tensors, suffix: str, block: Grid | None) -> Iterator[tuple
             raise CheckpointError(
                 f"{tensors.where} has {brief(scale)}, and a weight of shape {shape}: {_FIX}"
             )
-        scales = tensors.shapes[scale]
-        grid = block
-        if block is None or len(scales) < 2 or 1 in scales:
+        scales, tiles = tensors.shapes[scale], None
+        if block is not None:
+            tiles = -(-shape[0] // block.rows), -(-shape[1] // block.columns)
+        if tiles == scales:
+            grid = block
+        elif block is None or len(scales) < 2 or 1 in scales:
             grid = grid_of(tensors.where, scale, scales, shape)
-        elif scales != (-(-shape[0] // block.rows), -(-shape[1] // block.columns)):
+        else:
             raise CheckpointError(
                 f"{tensors.where} has {brief(scale)} of shape {scales}, which are not the tiles of "
                 f"{tuple(block)} in a matrix of {shape}: download it again"
             )
         zero = f"{weight}_zero_point"
+        if (zeros := tensors.shapes.get(zero, scales)) != scales:
+            raise CheckpointError(
+                f"{tensors.where} has {brief(zero)} of shape {zeros} for scales of {scales}: "
+                "download it again"
+            )
         yield weight, Quantized(weight, scale, zero if zero in tensors.shapes else None, grid)
 
 
@@ -147,7 +161,23 @@ def _quanto(
         for name in (values, scale):
             if name not in tensors.shapes:
                 raise CheckpointError(f"{tensors.where} has no {brief(name)}: download it again")
-        yield weight, Quantized(values, scale)
+        yield weight, Quantized(values, scale, grid=_quanto_grid(tensors, values, scale))
+
+
+def _quanto_grid(tensors: Tensors, values: str, scale: str) -> Grid | None:
+    """Return the blocks of scales in a row; None for scales that broadcast."""
+    shape, scales = tensors.shapes[values], tensors.shapes[scale]
+    same_rank = len(scales) == len(shape)
+    if scales in ((), (1,)) or (
+        same_rank and all(b in (1, a) for a, b in zip(shape, scales, strict=True))
+    ):
+        return None
+    if len(shape) == 2 and scales == shape[:1]:
+        return grid_of(tensors.where, scale, scales, shape)
+    raise CheckpointError(
+        f"{tensors.where} has {brief(scale)} of shape {scales} for a weight of {shape}, "
+        "which is neither one scale nor one for each row: download it again"
+    )
 
 
 def _check_compressed(values: dict[str, Any], where: str) -> None:
