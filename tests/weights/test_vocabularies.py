@@ -106,10 +106,14 @@ def test_vocab_and_merges_files(tmp_path):
     lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
     (tmp_path / "merges.txt").write_text("\n".join(lines))
     config = ModelConfig(text=TextConfig(vocab_size=49408, context_length=12))
-    rows = huggingface_tokenizer(epath.Path(tmp_path), config)(["a photo of a CAT"])
-    expected = clip_tokenizer(12)(["a photo of a cat"])
+    texts = ["a photo of a CAT", "## a #: b #... #@ c"]  # pairs that start with "#"
+    rows = huggingface_tokenizer(epath.Path(tmp_path), config)(texts)
+    expected = clip_tokenizer(12)([text.lower() for text in texts])
     expected[expected == 0] = 49407  # transformers pads with the end token
     assert np.array_equal(rows, expected)
+    (tmp_path / "merges.txt").write_text("\n".join([*lines[:9], "a b c"]))
+    with pytest.raises(CheckpointError, match=r"merges\.txt: line 10 is 'a b c', not a pair"):
+        huggingface_tokenizer(epath.Path(tmp_path), config)
 
 
 @pytest.mark.parametrize("strip", [False, True])
@@ -154,3 +158,32 @@ def test_the_pieces_of_t5_end_with_its_end_token(tmp_path):
     end = tokenizer.vocabulary.token_to_id("</s>")
     assert tokenizer.config.eos_id == end
     assert end in tokenizer(["a cat"])[0]
+    # Without a class, that of the model's type.
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    named = open_checkpoint(epath.Path(tmp_path)).tokenizer
+    assert named.config.eos_id == end
+    assert np.array_equal(named(["a cat"])[0][:4], tokenizer(["a cat"])[0][:4])
+
+
+@pytest.mark.parametrize(
+    ("about", "kind", "message"),
+    [
+        ({"model_type": "siglip"}, None, None),
+        ({}, None, r"spiece\.model has no class: write tokenizer_class into"),
+        ({"model_type": "xlnet"}, None, r"spiece\.model has no class"),
+        ({"model_type": "siglip"}, "AlbertTokenizer", "of the class 'AlbertTokenizer'"),
+        ({"model_type": "siglip"}, "XLNetTokenizerFast", "of the class 'XLNetTokenizer'"),
+    ],
+)
+def test_the_class_of_a_file_of_pieces(about, kind, message, tmp_path):
+    shutil.copy(GOLDEN / "spiece.model", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    settings = {} if kind is None else {"tokenizer_class": kind}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = ModelConfig(text=TextConfig(vocab_size=120, context_length=12))
+    if message:
+        with pytest.raises(CheckpointError, match=message):
+            huggingface_tokenizer(epath.Path(tmp_path), config)
+    else:
+        tokenizer = huggingface_tokenizer(epath.Path(tmp_path), config)
+        assert tokenizer.config == siglip_tokenizer(GOLDEN / "spiece.model", 12).config

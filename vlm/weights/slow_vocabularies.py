@@ -25,21 +25,29 @@ from vlm.weights.tokenizer_settings import Settings
 
 # Classes that are read from each kind of file; "" is a folder that names none.
 _FROM_PIECES = ("", "XLMRobertaTokenizer")
+_FROM_SPIECE = (
+    "T5Tokenizer", "MT5Tokenizer", "VideoPrismTokenizer", "SiglipTokenizer", "Siglip"
+)  # fmt: skip
 _FROM_LINES = ("", "BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "ElectraTokenizer")
 _FROM_MERGES = ("", "CLIPTokenizer", "RobertaTokenizer")
+# Classes that transformers chooses by the model's type.
+_OF_MODELS = {
+    "siglip": "SiglipTokenizer", "t5": "T5Tokenizer", "mt5": "T5Tokenizer",
+    "videoprism": "VideoPrismTokenizer",
+}  # fmt: skip
 _CLIP_ENDS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def slow_vocabulary(folder: epath.Path, kind: str, settings: Settings) -> tokenizers.Tokenizer:
     """Return the vocabulary of a folder without `tokenizer.json`, with its special tokens.
 
-    `kind` is the class in its settings, without "Fast".
+    `kind` is the class in its settings, without "Fast"; for `spiece.model`, `class_of_pieces`.
 
     Raises:
         CheckpointError: files of another class, or none, or files that do not fit.
     """
     if (pieces := folder / "spiece.model").exists():
-        return sentencepiece.read(pieces)
+        return _t5(pieces)
     if (pieces := folder / "sentencepiece.bpe.model").exists():
         _check(kind, _FROM_PIECES, pieces)
         return _xlm_roberta(pieces)
@@ -54,6 +62,33 @@ def slow_vocabulary(folder: epath.Path, kind: str, settings: Settings) -> tokeni
     raise CheckpointError(
         f"{folder} has no tokenizer.json: save or download the tokenizer beside the model"
     )
+
+
+def class_of_pieces(folder: epath.Path, kind: str) -> str:
+    """Return the class of a folder with `spiece.model`: `kind`, or that of its model's type.
+
+    Raises:
+        CheckpointError: another class, or none for this type of model.
+    """
+    file, about = folder / "spiece.model", folder / "config.json"
+    if not kind:
+        model = read_json(about).get("model_type") if about.exists() else None
+        kind = _OF_MODELS.get(model, "") if isinstance(model, str) else ""
+        if not kind:
+            raise CheckpointError(
+                f"{file} has no class: write tokenizer_class into "
+                f"{folder / 'tokenizer_config.json'} ({', '.join(_FROM_SPIECE)})"
+            )
+    _check(kind, _FROM_SPIECE, file)
+    return kind
+
+
+def _t5(path: epath.Path) -> tokenizers.Tokenizer:
+    """Return the vocabulary of T5Tokenizer, which pads with `<pad>`."""
+    vocabulary = sentencepiece.read(path)
+    if (pad := vocabulary.token_to_id("<pad>")) is not None:
+        vocabulary.enable_padding(pad_id=pad, pad_token="<pad>")
+    return vocabulary
 
 
 def _check(kind: str, known: tuple[str, ...], file: epath.Path) -> None:
@@ -144,9 +179,17 @@ def _add_special(vocabulary: tokenizers.Tokenizer, names: list[str]) -> None:
 
 
 def _vocab_and_merges(folder: epath.Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    vocab = read_json(folder / "vocab.json")
-    pairs = (line.split() for line in _lines(folder / "merges.txt") if line[:1] != "#")
-    return vocab, [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+    vocab, file, merges = read_json(folder / "vocab.json"), folder / "merges.txt", []
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip() or (number == 1 and "#version" in line):
+            continue
+        pair = line.split()
+        if len(pair) != 2:
+            raise CheckpointError(
+                f"{file}: line {number} is {brief(line)}, not a pair of symbols: download it again"
+            )
+        merges.append((pair[0], pair[1]))
+    return vocab, merges
 
 
 def _bpe(folder: epath.Path, vocab: dict[str, int], merges: Any, **options: Any) -> models.BPE:

@@ -13,7 +13,12 @@ from vlm.errors import CheckpointError, DataError, brief
 from vlm.inputs.tokenizer import Tokenizer, read_vocabulary
 from vlm.weights import sentencepiece
 from vlm.weights.fields import fields, string
-from vlm.weights.slow_vocabularies import bert_normalizer, slow_vocabulary, wordpiece_lines
+from vlm.weights.slow_vocabularies import (
+    bert_normalizer,
+    class_of_pieces,
+    slow_vocabulary,
+    wordpiece_lines,
+)
 from vlm.weights.tokenizer_settings import Settings
 
 CLIP_VOCABULARY = pathlib.Path(__file__).parent / "clip" / "tokenizer.json"
@@ -59,6 +64,8 @@ def huggingface_tokenizer(
     if clean == "none":  # else the length is that of open_clip's text_cfg
         length = settings.context_length(length)
     pieces = folder / "spiece.model"
+    if pieces.exists() and not (folder / "tokenizer.json").exists():
+        kind = class_of_pieces(folder, kind)
     if kind in ("Siglip", "SiglipTokenizer") and pieces.exists():
         if not settings.flag("do_lower_case"):
             raise CheckpointError(
