@@ -22,13 +22,14 @@ from open_clip import hf_model
 from open_clip import model as oc_model
 from open_clip.coca_model import CoCa
 
-from vlm.config import EncoderTextConfig, FastViTConfig
+from vlm.config import EncoderTextConfig, FastViTConfig, PreprocessConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.weights import encoders, fastvit, text_encoders
 from vlm.weights import open_clip as ours
 from vlm.weights import timm as timm_vit
 from vlm.weights.files import Arrays
 from vlm.weights.instantiate import abstract_model
+from vlm.weights.resolution import at_image_size
 from vlm.weights.rules import check, expand, fill, flat_shapes
 
 # What the Hub's config.json of these encoders say, where it cannot be asked.
@@ -149,7 +150,8 @@ def fits(name: str) -> str:
     return f"fits: {len(shapes):,} tensors, {sum(map(np.prod, shapes.values())) / 1e6:,.0f} M"
 
 
-def agrees(name: str) -> str:
+def agrees(name: str, size: int | None = None) -> str:
+    """Compare embeddings, at another image `size` than that of the config if it is given."""
     torch.manual_seed(0)
     model, config = build(name, deep=False)
     model.eval()
@@ -162,7 +164,8 @@ def agrees(name: str) -> str:
             elif tensor.is_floating_point() and not tensor.any():  # what begins at zero
                 tensor.normal_(0, 0.02)
         vision, text = config["vision_cfg"], config["text_cfg"]
-        size = vision.get("image_size", 224)
+        stored = vision.get("image_size", 224)
+        size = size or stored
         pixels = torch.randn(2, 3, size, size)
         length = text.get("context_length", 77)
         vocabulary = 1000 if text.get("hf_model_name") else text.get("vocab_size", 49408)
@@ -177,6 +180,7 @@ def agrees(name: str) -> str:
         words = torch.nn.functional.normalize(model.encode_text(tokens), dim=-1).numpy()
         arrays = {n: t.numpy() for n, t in model.state_dict().items()}
     described_model, rules, tensors = described(config, Arrays(arrays, name))
+    described_model, _ = at_image_size(described_model, PreprocessConfig(image_size=stored), size)
     dtype = np.dtype(np.float32)
     filled = fill(
         abstract_model(described_model, dtype), rules, tensors, dtype=dtype, ignored=ours.ignored

@@ -118,8 +118,8 @@ def max_pooler(self, x, attention_mask):
     return masked.max(1).values
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_towers_of_timm_and_transformers_agree(name, tmp_path, monkeypatch):
+def added(name, tmp_path, monkeypatch):
+    """Add a config of `TOWERS` to open_clip, and return the module that compares it."""
     open_clip = pytest.importorskip("open_clip")
     monkeypatch.setattr(open_clip.hf_model.MaxPooler, "forward", max_pooler)
     architectures = pytest.importorskip("architectures")
@@ -128,7 +128,20 @@ def test_towers_of_timm_and_transformers_agree(name, tmp_path, monkeypatch):
                        "text_cfg": BIOMED["text_cfg"] | text}  # fmt: skip
     (tmp_path / f"towers-{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / f"towers-{name}.json")
+    return architectures
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_timm_and_transformers_agree(name, tmp_path, monkeypatch):
+    architectures = added(name, tmp_path, monkeypatch)
     assert architectures.agrees(f"towers-{name}").startswith("exact")
+
+
+def test_a_tensorflow_tower_agrees_at_another_image_size(tmp_path, monkeypatch):
+    """Its padding at 75 pixels is not that at 96."""
+    architectures = added("efficientnet_tensorflow", tmp_path, monkeypatch)
+    verdict = architectures.agrees("towers-efficientnet_tensorflow", 96)
+    assert verdict.startswith("exact"), verdict
 
 
 # The tiny one of UCSC-VLAA's OpenVision (arXiv:2505.04601), in the form that it has on the Hub.

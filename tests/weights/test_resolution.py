@@ -1,5 +1,6 @@
 """Another image size: positions resized as each family's own code does."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from vlm.bundle import load
+from vlm.config import ModelConfig, PreprocessConfig, TextConfig
 from vlm.errors import ConfigError
-from vlm.weights.resolution import resize_positions
+from vlm.weights import efficientnet
+from vlm.weights.resolution import at_image_size, resize_positions
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -48,6 +51,28 @@ def test_resizing_keeps_constants_corners_and_other_tokens(positions):
     assert np.allclose(flat, 1, atol=1e-6)
     if positions == "zoom":
         assert np.allclose(out[[1, 8, -8, -1]], grid[[1, 5, -5, -1]], atol=1e-6)
+
+
+def test_padding_of_tensorflow_efficientnets_follows_the_image_size():
+    """timm computes it from the input; that of its other EfficientNets and of ALIGN is fixed."""
+
+    def resized(vision):
+        model = ModelConfig(dataclasses.replace(vision, projection="linear"), TextConfig(), 8)
+        return at_image_size(model, PreprocessConfig(image_size=75), 96)[0].vision
+
+    tensorflow = efficientnet.padded(
+        dataclasses.replace(efficientnet.TOWERS["tf_efficientnet_b0"], image_size=75),
+        tensorflow=True,
+    )
+    assert tensorflow.symmetric
+    assert not resized(tensorflow).symmetric
+    assert not any(stage.symmetric for stage in resized(tensorflow).stages)
+    for fixed in (
+        dataclasses.replace(efficientnet.TOWERS["efficientnet_b0"], image_size=75),
+        dataclasses.replace(tensorflow, head_width=0),
+    ):
+        assert resized(fixed).symmetric
+        assert resized(fixed).stages == fixed.stages
 
 
 @pytest.mark.parametrize("size", [0, 5, 31, -30])

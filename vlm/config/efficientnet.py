@@ -1,6 +1,6 @@
 """Config of EfficientNet, a vision tower."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from vlm.config.base import Config, VisionTower
@@ -116,6 +116,20 @@ class EfficientNetConfig(VisionTower):
                 side = (side + stage.symmetric) // 2
             sides.append(side)
         return sides
+
+    def tensorflow_padded(self) -> "EfficientNetConfig":
+        """Return the tower with TensorFlow's SAME padding, which depends on the image size.
+
+        Example:
+            >>> from vlm.config import EfficientNetConfig
+            >>> EfficientNetConfig(image_size=75).tensorflow_padded().symmetric
+            True
+        """
+        side, stages = (self.image_size + 1) // 2, []
+        for stage in self.stages:
+            stages.append(replace(stage, symmetric=stage.halve and side % 2 == 1))
+            side = (side + 1) // 2 if stage.halve else side
+        return replace(self, stages=tuple(stages), symmetric=self.image_size % 2 == 1)
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
         """Number of positions of the last stage."""

@@ -33,13 +33,7 @@ def padded(c: EfficientNetConfig, *, tensorflow: bool) -> EfficientNetConfig:
     if not tensorflow:
         halving = tuple(dataclasses.replace(s, symmetric=s.halve) for s in c.stages)
         return dataclasses.replace(c, stages=halving, symmetric=True)
-    side, stages = c.image_size, []
-    c = dataclasses.replace(c, symmetric=side % 2 == 1)
-    side = (side + 1) // 2
-    for stage in c.stages:
-        stages.append(dataclasses.replace(stage, symmetric=stage.halve and side % 2 == 1))
-        side = (side + 1) // 2 if stage.halve else side
-    return dataclasses.replace(c, stages=tuple(stages))
+    return c.tensorflow_padded()
 
 
 def _tower(scales: tuple[float, float], *, tensorflow: bool) -> EfficientNetConfig:

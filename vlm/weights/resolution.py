@@ -8,11 +8,13 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm.config import (
+    EfficientNetConfig,
     ModelConfig,
     NoTextConfig,
     NoVisionConfig,
     PreprocessConfig,
     TextModuleConfig,
+    VisionTowerConfig,
     ViTConfig,
 )
 from vlm.errors import ConfigError
@@ -56,11 +58,23 @@ def at_image_size(
         return config, dataclasses.replace(
             preprocess, max_patches=(image_size // vision.patch_size) ** 2
         )
-    config = dataclasses.replace(config, vision=dataclasses.replace(vision, image_size=image_size))
+    config = dataclasses.replace(config, vision=_resized(vision, image_size))
     short = preprocess.short_side
     if short is not None:
         short = round(short * image_size / preprocess.image_size)
     return config, dataclasses.replace(preprocess, image_size=image_size, short_side=short)
+
+
+def _resized(vision: VisionTowerConfig, image_size: int) -> VisionTowerConfig:
+    # Padding of timm's tf_efficientnet_* depends on the image size. ALIGN's does not.
+    if (
+        isinstance(vision, EfficientNetConfig)
+        and vision.head_width > 0
+        and vision.norm_eps == 1e-3
+        and vision == vision.tensorflow_padded()
+    ):
+        return dataclasses.replace(vision, image_size=image_size).tensorflow_padded()
+    return dataclasses.replace(vision, image_size=image_size)
 
 
 def at_context_length(
