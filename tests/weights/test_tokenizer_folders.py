@@ -38,11 +38,34 @@ def test_ids_are_those_of_transformers(name):
         ("roberta_slow", "LlamaTokenizer", r"vocab\.json is of the class 'LlamaTokenizer'"),
         ("xlmr_slow", "CamembertTokenizer", r"bpe\.model is of the class 'CamembertTokenizer'"),
         ("bert_slow", "FunnelTokenizer", r"vocab\.txt is of the class 'FunnelTokenizer'"),
+        ("bert_slow", "MPNetTokenizer", r"vocab\.txt is of the class 'MPNetTokenizer'"),
+        ("roberta_slow", "CLIPTokenizer", r"vocab\.json has no <\|startoftext\|>"),
     ],
 )
 def test_files_of_another_class_are_refused(name, kind, message, tmp_path):
     folder = shutil.copytree(FOLDER / name, tmp_path / name)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(CheckpointError, match=message):
+        huggingface_tokenizer(epath.Path(folder), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"add_prefix_space": False}, "add_prefix_space is false, and vlm supports only true"),
+        ({"bos_token": "[CLS]"}, r"bos_token is '\[CLS\]', and vlm supports only <s>"),
+        ({"eos_token": {"content": "<s>"}}, "eos_token is '<s>', and vlm supports only </s>"),
+        ({"add_prefix_space": True, "bos_token": "<s>", "eos_token": "</s>"}, None),
+    ],
+)
+def test_settings_of_xlm_roberta_pieces(setting, message, tmp_path):
+    folder = shutil.copytree(FOLDER / "xlmr_slow", tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "XLMRobertaTokenizer"} | setting)
+    )
+    if message is None:
+        huggingface_tokenizer(epath.Path(folder), CONFIG)
+        return
     with pytest.raises(CheckpointError, match=message):
         huggingface_tokenizer(epath.Path(folder), CONFIG)
 

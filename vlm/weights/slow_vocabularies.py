@@ -28,7 +28,7 @@ _FROM_PIECES = ("", "XLMRobertaTokenizer")
 _FROM_SPIECE = (
     "T5Tokenizer", "MT5Tokenizer", "VideoPrismTokenizer", "SiglipTokenizer", "Siglip"
 )  # fmt: skip
-_FROM_LINES = ("", "BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "ElectraTokenizer")
+_FROM_LINES = ("", "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 _FROM_MERGES = ("", "CLIPTokenizer", "RobertaTokenizer")
 # Classes that transformers chooses by the model's type.
 _OF_MODELS = {
@@ -50,13 +50,13 @@ def slow_vocabulary(folder: epath.Path, kind: str, settings: Settings) -> tokeni
         return _t5(pieces)
     if (pieces := folder / "sentencepiece.bpe.model").exists():
         _check(kind, _FROM_PIECES, pieces)
-        return _xlm_roberta(pieces)
+        return _xlm_roberta(pieces, settings)
     if (lines := folder / "vocab.txt").exists():
         _check(kind, _FROM_LINES, lines)
         return _bert_from_lines(lines, settings)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         _check(kind, _FROM_MERGES, folder / "vocab.json")
-        if kind == "RobertaTokenizer" or "<s>" in read_json(folder / "vocab.json"):
+        if kind == "RobertaTokenizer" or (not kind and "<s>" in read_json(folder / "vocab.json")):
             return _byte_level_from_merges(folder, settings)
         return _clip_from_merges(folder)
     raise CheckpointError(
@@ -149,8 +149,20 @@ def _byte_level_from_merges(folder: epath.Path, settings: Settings) -> tokenizer
     return vocabulary
 
 
-def _xlm_roberta(path: epath.Path) -> tokenizers.Tokenizer:
+def _xlm_roberta(path: epath.Path, settings: Settings) -> tokenizers.Tokenizer:
     """Return the XLMRobertaTokenizer of transformers for a SentencePiece file."""
+    space = settings.values.get("add_prefix_space")
+    if not boolean(True if space is None else space, f"{settings.file}: add_prefix_space"):
+        raise CheckpointError(
+            f"{settings.file}: add_prefix_space is false, and vlm supports only true for {path}: "
+            "save the folder with a tokenizer.json"
+        )
+    for end, name in (("bos", "<s>"), ("eos", "</s>")):
+        if (named := settings.text(f"{end}_token") or name) != name:
+            raise CheckpointError(
+                f"{settings.file}: {end}_token is {brief(named)}, and vlm supports only {name} for "
+                f"{path}: save the folder with a tokenizer.json"
+            )
     pieces, charsmap = sentencepiece.read_pieces(path)
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     scored = [*((name, 0.0) for name in special), *pieces[3:], ("<mask>", 0.0)]

@@ -25,7 +25,8 @@ HONOURED = {
     "extra_special_tokens", *_ADD,
 }  # fmt: skip
 # Settings that change no id of a text: sources of files, decoding, chats, and defaults of calls.
-# tokenizer.json already has `add_prefix_space` and `legacy`.
+# tokenizer.json already has `add_prefix_space` and `legacy`; without it, `slow_vocabularies` reads
+# `add_prefix_space`.
 HARMLESS = {
     "name_or_path", "_name_or_path", "processor_class", "image_processor_type", "auto_map",
     "backend", "is_local", "local_files_only", "model_input_names", "tokenizer_file",
