@@ -19,7 +19,7 @@ from vlm.config import TextConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.models import recipes, variants
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import encoders, open_clip, state_dict, text_encoders, timm_towers
+from vlm.weights import encoders, open_clip, state_dict, text_encoders, timm_folders, timm_towers
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import flat_arrays
 
@@ -81,6 +81,7 @@ def test_a_vision_tower_of_timm_by_name(tmp_path):
     bundle = load(folder / "model.safetensors", architecture=about["architecture"])
     assert bundle.config.text.kind == "none"
     assert bundle.config == load(folder).config
+    assert bundle.preprocess.config == load(folder).preprocess.config  # crops 0.9, mean 0.5
     pixels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
     theirs = load(folder).model.encode_image(pixels)
     assert np.array_equal(bundle.model.encode_image(pixels), theirs)
@@ -88,6 +89,22 @@ def test_a_vision_tower_of_timm_by_name(tmp_path):
         load(folder / "model.safetensors", architecture="vit_bas_patch16_224")
     with pytest.raises(CheckpointError, match="not those of timm's vit_large_patch14_224"):
         load(folder / "model.safetensors", architecture="vit_large_patch14_224")
+
+
+def test_the_preprocessing_of_a_name_of_timms():
+    read = timm_folders.named_preprocess
+    half, clip = [0.5] * 3, [0.48145466, 0.4578275, 0.40821073]
+    assert read("vit_small_patch32_384", "x") == {
+        "crop_pct": 1.0, "mean": half, "std": half, "crop_mode": "center"
+    }  # fmt: skip
+    assert read("vit_base_patch16_clip_224.openai", "x")["mean"] == clip
+    assert read("vit_base_patch14_dinov2", "x")["mean"] == [0.485, 0.456, 0.406]
+    with pytest.raises(CheckpointError, match=r"by the tag.*vit_base_patch16_224\.mae"):
+        read("vit_base_patch16_224", "x")
+    with pytest.raises(CheckpointError, match=r"has no tag 'mine': choose augreg2"):
+        read("vit_base_patch16_224.mine", "x")
+    with pytest.raises(CheckpointError, match="no preprocessing of timm's vit_base_patch99_224"):
+        read("vit_base_patch99_224", "x")
 
 
 def test_a_recipe_of_ours_by_name(tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_a_separator_inside_a_text(tmp_path, strip):
     (tmp_path / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "sep_token": "[SEP]"}'
     )
-    options = {"hf_tokenizer_name": "bert-base-uncased"}
+    options: dict[str, object] = {"hf_tokenizer_name": "bert-base-uncased"}
     options["tokenizer_kwargs"] = {"strip_sep_token": strip}
     text = TextConfig(vocab_size=9, context_length=8, width=768)
     ours = open_clip_tokenizer(epath.Path(tmp_path), options, ModelConfig(text=text))

@@ -1,10 +1,10 @@
 """State dicts without a config: files of open_clip's trainer, timm's and vlm's parameters, by name.
 
-Names are open_clip's (`ViT-B-32`), timm's of plain ViTs (`vit_base_patch16_224`, a vision tower
+Names are open_clip's (`ViT-B-32`), timm's of plain ViTs (`vit_base_patch16_224.mae`, a vision tower
 alone), and those of `vlm.models.recipes` (`clip-B/16`, with vlm's names of parameters).
 `open_clip_architectures.json` has the model_cfg of every image-text architecture of open_clip's
 main branch, one on each line; open_clip's MIT licence holds for it. Preprocessing is the default of
-that library, and the log tells it.
+that library (of timm, that of the name and its tag), and the log tells it.
 """
 
 import dataclasses

@@ -5,8 +5,11 @@ Plain ViTs are read, without their classifier: the embedding is that of
 """
 
 import dataclasses
+import functools
+import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -15,7 +18,16 @@ from vlm.config import PreprocessConfig, ViTConfig
 from vlm.errors import CheckpointError, brief
 from vlm.weights import huggingface, timm
 from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weights
-from vlm.weights.fields import MAX_PIXELS, choice, fields, integer, number, read_json, string
+from vlm.weights.fields import (
+    MAX_PIXELS,
+    choice,
+    fields,
+    integer,
+    list_names,
+    number,
+    read_json,
+    string,
+)
 from vlm.weights.files import Tensors
 from vlm.weights.one_tower import vision_checkpoint
 from vlm.weights.processors import IMAGENET_MEAN, IMAGENET_STD, open_clip_preprocess
@@ -26,6 +38,9 @@ _ARGUMENTS = (
     "img_size", "patch_size", "depth", "mlp_ratio", "global_pool", "num_classes", "in_chans",
     "dynamic_img_size",
 )  # fmt: skip
+
+# Preprocessing of timm's `default_cfgs`, by name and tag: tests/peers/test_timm_preprocess.py.
+PREPROCESS = Path(__file__).parent / "timm_preprocess.json"
 
 
 def recognises(path: epath.Path) -> bool:
@@ -85,10 +100,10 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
 
 
 def from_state_dict(path: epath.Path, name: str, tensors: Tensors) -> Checkpoint:
-    """Describe a file of weights of timm's ViT `name`, with timm's default preprocessing.
+    """Describe a file of weights of timm's ViT `name`, with timm's preprocessing for that name.
 
     Raises:
-        CheckpointError: weights of another model.
+        CheckpointError: weights of another model, or a name whose preprocessing depends on the tag.
     """
     where = f"{path} as {name}"
     table = tensors.shapes.get("pos_embed", ())
@@ -97,8 +112,43 @@ def from_state_dict(path: epath.Path, name: str, tensors: Tensors) -> Checkpoint
     tower = timm.named_tower(name)
     # The table may have the class token and the registers, or the patches alone.
     side = max(1, math.isqrt(table[1])) * tower.patch_size
-    preprocess = _preprocess({"input_size": [3, side, side]}, where)
+    pixels = named_preprocess(name, where)
+    preprocess = _preprocess(pixels | {"input_size": [3, side, side]}, where)
     return _described(path.stem, name, "", preprocess, tensors, where)
+
+
+@functools.cache
+def preprocess_table() -> dict[str, Any]:
+    """Return the different `settings`, and the number of those of each tag by `names`."""
+    return json.loads(PREPROCESS.read_text())
+
+
+def named_preprocess(name: str, where: str) -> dict[str, Any]:
+    """Return the fields of timm's `pretrained_cfg` of a NAME or NAME.TAG.
+
+    Raises:
+        CheckpointError: an unknown name or tag, or a name whose tags differ.
+    """
+    table, (base, _, tag) = preprocess_table(), name.partition(".")
+    tags = table["names"].get(base)
+    if tags is None:
+        raise CheckpointError(
+            f"{where}: vlm has no preprocessing of timm's {base}: load the folder with its "
+            "config.json instead"
+        )
+    if tag and tag not in tags:
+        raise CheckpointError(
+            f"{where}: {base} has no tag {brief(tag)}: choose {list_names(list(tags))}"
+        )
+    numbers = {tags[tag]} if tag else set(tags.values())
+    if len(numbers) > 1:
+        choices = list_names([f"{base}.{tag}" for tag in tags])
+        raise CheckpointError(
+            f"{where}: timm preprocesses images of {base} by the tag of its weights: give "
+            f"architecture {choices}"
+        )
+    crop, mean, std, mode = table["settings"][numbers.pop()]
+    return {"crop_pct": crop, "mean": mean, "std": std, "crop_mode": mode}
 
 
 def _described(
