@@ -160,6 +160,13 @@ def test_aimv2_bounds_its_scale_as_transformers_does(tmp_path):
         assert np.isclose(vlm.load(folder).logit_scale, scale, rtol=1e-6)
 
 
+def test_aimv2_with_a_larger_scale_is_written_with_its_bound(tmp_path):
+    model = vlm.load(GOLDEN / "hf_aimv2")
+    model.model.logit_scale.set_value(jnp.log(150.0))
+    model.save(tmp_path / "back", format="huggingface")
+    assert vlm.load(tmp_path / "back").logit_scale == model.logit_scale
+
+
 def test_aimv2_with_trained_biases_is_written_with_them(tmp_path):
     model = vlm.load(GOLDEN / "hf_aimv2")
     bias = model.model.text.transformer.blocks.mlp.up.bias

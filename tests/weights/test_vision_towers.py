@@ -121,6 +121,11 @@ def test_messages_tell_what_is_missing(dinov2, tmp_path):
         ("one_dinov3", {"mlp_bias": False}, "mlp_bias is False"),
         ("one_dinov3", {"num_attention_heads": 12}, "multiple of 4"),
         ("one_dinov3", {"use_gated_mlp": True}, "hidden_act is 'gelu'"),
+        (
+            "one_internvl",
+            {"use_absolute_position_embeddings": False},
+            "use_absolute_position_embeddings is False: vlm supports True",
+        ),
         ("one_internvl", {"use_qk_norm": True}, "use_qk_norm is True: vlm supports False"),
         ("one_internvl", {"image_size": [32, 40]}, "vlm supports only squares"),
         ("one_internvl", {"norm_type": "batch_norm"}, "norm_type is 'batch_norm'"),

@@ -23,7 +23,17 @@ from vlm.errors import CheckpointError
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import train_bpe
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import convnext, eva, mobileclip, resnet_v1, swin, text_encoders, timm, vitamin
+from vlm.weights import (
+    convnext,
+    efficientnet,
+    eva,
+    mobileclip,
+    resnet_v1,
+    swin,
+    text_encoders,
+    timm,
+    vitamin,
+)
 from vlm.weights.huggingface import CLIP_RULES
 from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import flat_arrays, flat_shapes, write
@@ -248,6 +258,12 @@ def test_trained_positions_of_nllb_are_refused(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"no place for the trained text\.position of .*nllb"):
         bundle.save(tmp_path / "out", format="open_clip")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pool_that_open_clip_lacks_is_refused():
+    tower = efficientnet.TOWERS["tf_efficientnet_b0"]
+    with pytest.raises(CheckpointError, match=r"no place for vision\.pool 'max'"):
+        efficientnet.options(dataclasses.replace(tower, pool="max"))
 
 
 def test_the_table_of_timms_towers():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vlm.errors import CheckpointError
 from vlm.weights.layers import fused, linear, out
 from vlm.weights.rules import Rule, Shapes
 
@@ -35,8 +36,17 @@ def projection_of(proj: str | None, shapes: Shapes, pool: str = "") -> Any:
 
 
 def options(pool: str, projection: str) -> dict[str, Any]:
-    """Fields of a `vision_cfg` for our pool and projection."""
+    """Fields of a `vision_cfg` for our pool and projection.
+
+    Raises:
+        CheckpointError: a pool that open_clip does not support.
+    """
     theirs = {ours: name for name, ours in reversed(_POOLS.items())}
+    if pool not in theirs:
+        raise CheckpointError(
+            f"open_clip has no place for vision.pool {pool!r} of this tower: save the model as a "
+            "vlm bundle instead"
+        )
     proj = {"none": "none", "linear": "linear", "linear_bias": "linear", "mlp_bias": "mlp"}
     bias = {"timm_proj_bias": True} if projection == "linear_bias" else {}
     return {"timm_pool": theirs[pool], "timm_proj": proj[projection], **bias}

@@ -170,7 +170,8 @@ def _dinov3(c: dict[str, Any], kind: str, where: str) -> ViTConfig:
 
 def _internvl(c: dict[str, Any], kind: str, where: str) -> ViTConfig:
     choice(c["use_qk_norm"], (False,), f"{where}.use_qk_norm")
-    choice(c["use_absolute_position_embeddings"], (True,), f"{where}.use_absolute_position_embed")
+    field = "use_absolute_position_embeddings"
+    choice(c[field], (True,), f"{where}.{field}")
     rms = choice(c["norm_type"], ("layer_norm", "rms_norm"), f"{where}.norm_type") == "rms_norm"
     mean = c["use_mean_pooling"]
     if rms and not mean:

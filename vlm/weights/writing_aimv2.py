@@ -1,5 +1,6 @@
 """Export to transformers' `Aimv2Model` and `Aimv2VisionModel`."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,8 @@ def aimv2_config(model: DualEncoder, tokenizer: Tokenizer) -> dict[str, Any]:
             vision_config=vision_values | {"model_type": "aimv2_vision_model"},
             text_config=text_values,
             projection_dim=config.embed_dim,
+            # Rounding in the file and in transformers must not lower the scale.
+            max_logit_scale=max(100.0, 1.001 * math.exp(float(model.logit_scale[...]))),
         )
     parts.refuse_differences("transformers", config, aimv2.model_config(values, "config.json"))
     return values
