@@ -21,7 +21,7 @@ from vlm.errors import CheckpointError, ConfigError
 from vlm.exporting import bundle_export, export, onnx_file, onnx_rules, storing
 from vlm.exporting.contract import pixels_code
 from vlm.exporting.onnx_graph import from_jax
-from vlm.exporting.storing import quantised
+from vlm.exporting.storing import quantized
 from vlm.heads.few_shot import FewShotClassifier
 from vlm.heads.neighbours import NeighbourClassifier
 from vlm.heads.retrieval import RetrievalIndex
@@ -154,7 +154,7 @@ def test_eight_bits_are_off_by_half_a_step():
     values = np.random.default_rng(0).normal(size=(5, 64, 7)).astype(np.float32)
     values[2, :, 3] = 0
     for axis in range(3):
-        kept = quantised(values, axis)
+        kept = quantized(values, axis)
         assert np.all(np.abs(kept.steps * kept.scale - values) <= kept.scale * 0.5001)
         assert kept.scale.shape[axis] == 1
 
@@ -296,22 +296,22 @@ def test_the_command_takes_what_a_run_has_left(bundle, tmp_path, photo):
 def fifteen_levels(values, axis):
     largest = np.abs(values).max(axis, keepdims=True)
     scale = (np.where(largest > 0, largest, 1) / 7).astype(np.float32)
-    return storing.Quantised(np.rint(values / scale).astype(np.int8), scale)
+    return storing.EightBitArray(np.rint(values / scale).astype(np.int8), scale)
 
 
 def swapped_scales(values, axis):
-    kept = quantised(values, axis)
+    kept = quantized(values, axis)
     return kept._replace(scale=np.flip(kept.scale, tuple(range(kept.scale.ndim))).copy())
 
 
 def nothing(values, axis):
-    kept = quantised(values, axis)
+    kept = quantized(values, axis)
     return kept._replace(steps=np.zeros_like(kept.steps))
 
 
 @pytest.mark.parametrize("fault", [fifteen_levels, swapped_scales, nothing])
 def test_weights_that_are_not_of_eight_bits_are_caught(fault, bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(storing, "quantised", fault)
+    monkeypatch.setattr(storing, "quantized", fault)
     monkeypatch.setattr(storing, "SMALLEST", 256)
     with pytest.raises(CheckpointError, match="more than rounding explains"):
         export(bundle, tmp_path / "o", "onnx", dtype="int8", tower="vision", batches=[1])

@@ -210,7 +210,7 @@ ENTRY = json.dumps(entry(0, 48))
             '{"a": {"dtype": "F32", "dtype": "F32", "shape": [12], "data_offsets": [0, 48]}}',
             "twice",
         ),
-        ({"a": entry(0, 48, "F8_E8M0", [48])}, "tensors of type F8_E8M0, which are quantised"),
+        ({"a": entry(0, 48, "F8_E8M0", [48])}, "tensors of type F8_E8M0, which are quantized"),
         ({"a": entry(0, 48, "C64", [6])}, "tensors of type C64, .*not of real numbers"),
         ({"a": entry(0, 48, "F31")}, "unknown type 'F31'"),
         ({"a": entry(0, 48, ["F32"])}, "unknown type"),
@@ -248,13 +248,13 @@ def test_a_tensor_in_two_shards(folder):
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.bool_])
-def test_quantised_weights(folder, dtype):
+def test_quantized_weights(folder, dtype):
     path = folder("oc_vit")
     name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     file = SafetensorsFile(path / "open_clip_model.safetensors")
     without(path, name, **{name: file.read(name).astype(dtype)})
     with pytest.raises(
-        CheckpointError, match=f"{name}' as {np.dtype(dtype)}, as a quantised model"
+        CheckpointError, match=f"{name}' as {np.dtype(dtype)}, as a quantized model"
     ):
         load(path)
     path = folder("oc_fastvit")
@@ -262,7 +262,7 @@ def test_quantised_weights(folder, dtype):
     file = SafetensorsFile(path / "open_clip_model.safetensors")
     without(path, name, **{name: file.read(name).astype(dtype)})
     with pytest.raises(
-        CheckpointError, match=f"{name}' as {np.dtype(dtype)}, as a quantised model"
+        CheckpointError, match=f"{name}' as {np.dtype(dtype)}, as a quantized model"
     ):
         load(path)
 

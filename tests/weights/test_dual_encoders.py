@@ -88,7 +88,7 @@ def changed(name, part, changes, tmp_path):
             {"architectures": ["FlavaImageModel"]},
             "vlm reads FlavaModel and Flava",
         ),
-        ("hf_groupvit", "vision_config", {"depths": 3}, "not a list with a number for each stage"),
+        ("hf_groupvit", "vision_config", {"depths": 3}, "not a list of whole numbers"),
         ("hf_groupvit", "vision_config", {"depths": [4]}, "another length than depths"),
         ("hf_groupvit", "vision_config", {"num_output_groups": [4, 3, 3]}, "as many segments as"),
         ("hf_groupvit", "vision_config", {"assign_mlp_ratio": 4}, "assign_mlp_ratio is 4, not two"),

@@ -91,8 +91,8 @@ def test_dtypes_towers_and_adapters(wide, tmp_path):
 def test_zeros_and_extremes_survive():
     values = np.zeros((64, 64), np.float32)
     values[0, 0], values[1] = 1e30, 1e-30
-    for quantise in (eight_bits.quantised, eight_bits.to_float8):
-        form = eight_bits.best_form(values, quantise)
+    for quantize in (eight_bits.quantized, eight_bits.to_float8):
+        form = eight_bits.best_form(values, quantize)
         again = form.steps.astype(np.float32) * form.scale
         assert np.isfinite(again).all()
         assert again[0, 0] == pytest.approx(1e30)

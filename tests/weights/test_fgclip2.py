@@ -131,7 +131,7 @@ def test_longer_texts_than_it_has_positions_for_are_refused():
         ),
         (
             lambda t: t.update({f"{TABLES}_ori.weight": np.zeros((23, 24), np.int8)}),
-            r"has 'text_model.*_ori\.weight' as int8, as a quantised model",
+            r"has 'text_model.*_ori\.weight' as int8, as a quantized model",
         ),
         (
             lambda t: t.update({"longtext_head.weight": np.zeros((32, 24), np.float32)}),

@@ -115,12 +115,12 @@ def scales(suffix, shape):
         (
             "compressed_int8",
             lambda arrays: arrays.pop(f"{LAYER}.weight_scale"),
-            "as int8, as a quantised model",
+            "as int8, as a quantized model",
         ),
         (
             "fbgemm_fp8",
             lambda x: x.update({f"{LAYER}.weight_scale_inv": x.pop(f"{LAYER}.weight_scale")}),
-            "without a place in the model|as a quantised",
+            "without a place in the model|as a quantized",
         ),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vlm.errors import CheckpointError, check_choice
-from vlm.weights.eight_bits import SMALLEST, Quantised, best_form, quantised
+from vlm.weights.eight_bits import SMALLEST, EightBitArray, best_form, quantized
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
@@ -17,20 +17,20 @@ _DIRECTION: dict[Dtype, float] = {"float32": 1e-6, "bfloat16": 0.02, "int8": 0.0
 
 def stored(
     path: tuple, values: Float[np.ndarray, "*n"], dtype: Dtype
-) -> Float[np.ndarray, "*n"] | Quantised:
+) -> Float[np.ndarray, "*n"] | EightBitArray:
     """Convert a parameter to its stored type; logit scale and bias stay float32."""
     check_choice("dtype", dtype, get_args(Dtype))
     if str(path[0]).startswith("logit_") or dtype == "float32":
         return values.astype(np.float32)
     if dtype == "bfloat16":
         return values.astype(jnp.bfloat16)
-    form = best_form(values.astype(np.float32), quantised, SMALLEST)
+    form = best_form(values.astype(np.float32), quantized, SMALLEST)
     return values.astype(np.float32) if form is None else form
 
 
-def restored(kept: np.ndarray | Quantised, compute: Literal["float32", "bfloat16"]) -> Array:
+def restored(kept: np.ndarray | EightBitArray, compute: Literal["float32", "bfloat16"]) -> Array:
     """Convert a stored parameter to its compute type, inside a traced function."""
-    if isinstance(kept, Quantised):
+    if isinstance(kept, EightBitArray):
         return jnp.asarray(kept.steps).astype(jnp.float32) * kept.scale
     if kept.dtype == np.float32:
         return jnp.asarray(kept)
@@ -48,7 +48,7 @@ def check_stored(path: tuple, original: np.ndarray, kept: Any, dtype: Dtype) -> 
     """
     original = original.astype(np.float32)
     values = np.asarray(restored(kept, "float32")).astype(np.float32)
-    if isinstance(kept, Quantised):
+    if isinstance(kept, EightBitArray):
         axes = [i for i, n in enumerate(kept.scale.shape) if n != original.shape[i]]
         allowed = np.abs(original).max(tuple(axes), keepdims=True) / 127 * 0.501
     else:

@@ -8,13 +8,12 @@ import math
 import os
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from vlm.config import ModelConfig, NoTextConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError
 from vlm.weights import huggingface
-from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weights, with_zero_biases
+from vlm.weights.checkpoint import Checkpoint, weights, with_clamped_scale, with_zero_biases
 from vlm.weights.fields import choice, fields, number, with_defaults
 from vlm.weights.files import Tensors
 from vlm.weights.layers import block, conv, heads, linear, rms_norm
@@ -73,7 +72,11 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:
-    """Open the checkpoint in a folder."""
+    """Open the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit, or an option that vlm does not support.
+    """
     tensors, where = weights(folder, *huggingface.WEIGHTS), os.fspath(folder / "config.json")
     vision = config.vision
     assert isinstance(vision, ViTConfig)
@@ -89,13 +92,7 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
         tensors = _without_biases(tensors, own, given)
     largest = with_defaults(values, _MODEL, where)["max_logit_scale"]
     log = math.log(number(largest, f"{where}: max_logit_scale", above=1.0))
-
-    def scale(start: int, stop: int | None) -> np.ndarray:
-        return np.asarray(np.clip(stored.read("logit_scale"), 0, log), np.float32)
-
-    stored = tensors
-    if tensors.shapes.get("logit_scale") == ():
-        tensors = ComputedTensors(stored, {"logit_scale": ((), scale)})
+    tensors = with_clamped_scale(tensors, "logit_scale", log)
     return huggingface.assemble(folder, config, table, tensors=tensors)
 
 

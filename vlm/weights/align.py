@@ -11,10 +11,18 @@ from typing import Any
 from etils import epath
 
 from vlm.config import EfficientNetConfig, EfficientNetStage, ModelConfig, TextConfig
-from vlm.errors import CheckpointError, brief
+from vlm.errors import CheckpointError
 from vlm.weights import huggingface
 from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weights
-from vlm.weights.fields import MAX_LAYERS, MAX_PIXELS, choice, integer, number, with_defaults
+from vlm.weights.fields import (
+    MAX_LAYERS,
+    MAX_PIXELS,
+    choice,
+    integer,
+    integers,
+    number,
+    with_defaults,
+)
 from vlm.weights.layers import batch_norm, conv, linear, point
 from vlm.weights.rules import Rule
 from vlm.weights.text_encoders import bert_positions, bert_rules
@@ -93,10 +101,8 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
 
 def _vision(c: dict[str, Any], where: str) -> EfficientNetConfig:
     choice(c["hidden_act"], ("swish", "silu"), f"{where}.hidden_act")
-    lists = {
-        name: _integers(c[name] or given, f"{where}.{name}") for name, given in _STAGES.items()
-    }
-    if len({len(values) for values in lists.values()}) > 1 or not lists["strides"]:
+    lists = {name: integers(c[name] or given, f"{where}.{name}") for name, given in _STAGES.items()}
+    if len({len(values) for values in lists.values()}) > 1:
         raise CheckpointError(
             f"{where} has lists of different lengths: give {', '.join(lists)} one value per stage"
         )
@@ -113,7 +119,8 @@ def _vision(c: dict[str, Any], where: str) -> EfficientNetConfig:
             f"{where}: in_channels are scaled to {inputs} and the layers before them have "
             f"{[stem_width, *widths[:-1]]}: they must be equal"
         )
-    padded = _integers(c["depthwise_padding"] or [], f"{where}.depthwise_padding", low=0)
+    given = c["depthwise_padding"]
+    padded = integers(given, f"{where}.depthwise_padding", low=0) if given else ()
     stages, block = [], 0
     for width, repeats, kernel, stride, expand in zip(
         widths, lists["num_block_repeats"], kernels, strides, lists["expand_ratios"], strict=True
@@ -159,12 +166,6 @@ def scaled(width: int, c: dict[str, Any], where: str) -> int:
     divisor = c["depth_divisor"]
     nearest = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
     return integer(nearest + divisor * (nearest < 0.9 * wanted), where)
-
-
-def _integers(values: Any, where: str, low: int = 1) -> list[int]:
-    if not isinstance(values, list) or len(values) > 1_000:
-        raise CheckpointError(f"{where} is {brief(values)}, not a list of whole numbers")
-    return [integer(value, where, low) for value in values]
 
 
 def rules(c: EfficientNetConfig) -> list[Rule]:

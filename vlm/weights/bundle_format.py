@@ -28,7 +28,7 @@ from vlm.models.modules import is_module_class
 from vlm.paths import as_path, is_run
 from vlm.weights.adapter import ADAPTER_FILE, folder_with
 from vlm.weights.checkpoint import Checkpoint
-from vlm.weights.eight_bits import EightBits, quantised_arrays, restored
+from vlm.weights.eight_bits import EightBits, quantized_arrays, restored
 from vlm.weights.fields import read_json, read_json_of_format, string
 from vlm.weights.files import SafetensorsFile, Tensors
 from vlm.weights.fingerprint import (
@@ -166,7 +166,7 @@ def write(
         tokenizer.save(new)
         (new / tokenizers.RULES_FILE).unlink()  # the rules go into bundle.json
         arrays = flat_arrays(model)
-        stored = arrays if quantize is None else quantised_arrays(arrays, quantize)
+        stored = arrays if quantize is None else quantized_arrays(arrays, quantize)
         digests = write_with_digests(new / WEIGHTS_FILE, stored)
         description: dict[str, Any] = {
             "format": 1 if quantize is None else FORMAT,

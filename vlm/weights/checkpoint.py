@@ -109,6 +109,16 @@ def with_zero_biases(
     return ComputedTensors(tensors, computed) if computed else tensors
 
 
+def with_clamped_scale(tensors: Tensors, name: str, largest: float) -> Tensors:
+    """Clamp the stored logarithm of a logit scale to 0 to `largest`, as the original code does."""
+
+    def scale(start: int, stop: int | None) -> np.ndarray:
+        return np.asarray(np.clip(tensors.read(name), 0, largest), np.float32)
+
+    found = tensors.shapes.get(name) == ()
+    return ComputedTensors(tensors, {name: ((), scale)}) if found else tensors
+
+
 def float32_rows(tensors: Tensors, name: str, start: int, stop: int | None) -> np.ndarray:
     """Rows of a table in float32."""
     return tensors.read(name, start, stop).astype(np.float32)

@@ -19,7 +19,7 @@ class Grid(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedTensor:
     """Names of one quantized tensor and of its scales, whose product is the weight."""
 
     values: str
@@ -37,7 +37,10 @@ class DequantizedTensors:
     """
 
     def __init__(
-        self, tensors: Tensors, quantized: Mapping[str, Quantized], unused: Collection[str] = ()
+        self,
+        tensors: Tensors,
+        quantized: Mapping[str, QuantizedTensor],
+        unused: Collection[str] = (),
     ):
         self.where = tensors.where
         self._tensors, self._quantized = tensors, quantized

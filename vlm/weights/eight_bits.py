@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from vlm.errors import CheckpointError
-from vlm.weights.dequantized import DequantizedTensors, Quantized
+from vlm.weights.dequantized import DequantizedTensors, QuantizedTensor
 from vlm.weights.files import Tensors
 
 EightBits = Literal["int8", "float8"]
@@ -23,23 +23,23 @@ _SCALE = ":scale"  # ending of the name of the scales, in a bundle
 _LARGEST = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
 
 
-class Quantised(NamedTuple):
+class EightBitArray(NamedTuple):
     """Numbers of eight bits, with the scale of each group."""
 
     steps: Shaped[np.ndarray, "*n"]
     scale: Float32[np.ndarray, "*n"]  # size 1 along the axis of a group
 
 
-def quantised(values: Float32[np.ndarray, "*n"], axis: int) -> Quantised:
+def quantized(values: Float32[np.ndarray, "*n"], axis: int) -> EightBitArray:
     """Round to 255 steps of equal size in each group along `axis`, including zero."""
     scale = _scale(values, axis, 127)
-    return Quantised(np.rint(values / scale).astype(np.int8), scale)
+    return EightBitArray(np.rint(values / scale).astype(np.int8), scale)
 
 
-def to_float8(values: Float32[np.ndarray, "*n"], axis: int) -> Quantised:
+def to_float8(values: Float32[np.ndarray, "*n"], axis: int) -> EightBitArray:
     """Round to float8 (e4m3), after scaling the largest value of each group to its largest."""
     scale = _scale(values, axis, _LARGEST)
-    return Quantised((values / scale).astype(ml_dtypes.float8_e4m3fn), scale)
+    return EightBitArray((values / scale).astype(ml_dtypes.float8_e4m3fn), scale)
 
 
 def _scale(values: np.ndarray, axis: int, largest: float) -> Float32[np.ndarray, "*n"]:
@@ -49,10 +49,10 @@ def _scale(values: np.ndarray, axis: int, largest: float) -> Float32[np.ndarray,
 
 def best_form(
     values: Float32[np.ndarray, "*n"],
-    quantise: Callable[[Any, int], Quantised],
+    quantize: Callable[[Any, int], EightBitArray],
     smallest: int = SMALLEST,
-) -> Quantised | None:
-    """Quantise along the axis with the least error: outputs of a kernel, or words of a table.
+) -> EightBitArray | None:
+    """Quantize along the axis with the least error: outputs of a kernel, or words of a table.
 
     Returns:
         None for vectors and small parameters, which are not worth it.
@@ -60,7 +60,7 @@ def best_form(
     axes = [axis for axis, size in enumerate(values.shape) if size >= GROUP]
     if values.ndim < 2 or values.size < smallest or not axes:
         return None
-    forms = (quantise(values, axis) for axis in axes)
+    forms = (quantize(values, axis) for axis in axes)
     return min(
         forms,
         key=lambda form: float(
@@ -69,15 +69,15 @@ def best_form(
     )
 
 
-def quantised_arrays(
+def quantized_arrays(
     arrays: Iterable[tuple[str, Any]], kind: EightBits
 ) -> Iterator[tuple[str, Any]]:
     """Yield named parameters of eight bits, each followed by its scales."""
-    quantise = {"int8": quantised, "float8": to_float8}[kind]
+    quantize = {"int8": quantized, "float8": to_float8}[kind]
     for name, array in arrays:
         values = np.asarray(array)
         floats = np.issubdtype(values.dtype, np.floating) or values.dtype == ml_dtypes.bfloat16
-        form = best_form(values.astype(np.float32), quantise) if floats else None
+        form = best_form(values.astype(np.float32), quantize) if floats else None
         if form is None:
             yield name, values
         else:
@@ -101,5 +101,5 @@ def restored(tensors: Tensors) -> Tensors:
                 f"{tensors.where} has {scale} of shape {sizes} for a parameter of {shape}: save "
                 "the bundle again"
             )
-        found[name] = Quantized(name, scale)
+        found[name] = QuantizedTensor(name, scale)
     return DequantizedTensors(tensors, found)

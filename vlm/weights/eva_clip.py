@@ -60,7 +60,11 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:
-    """Open the checkpoint in a folder."""
+    """Open the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit, or an option that vlm does not support.
+    """
     tensors, table = weights(folder, *huggingface.WEIGHTS), rules(config)
     for part in ("vision", "text"):
         switches = _switches(values, part, f"{folder / 'config.json'}")

@@ -91,6 +91,13 @@ def integer(value: Any, where: str, low: int = 1, high: int = _MAX_SIZE) -> int:
     return value
 
 
+def integers(value: Any, where: str, low: int = 1) -> tuple[int, ...]:
+    """Check that `value` is a list of integers from `low`, such as one for each stage."""
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_LAYERS:
+        raise CheckpointError(f"{where} is {brief(value)}, not a list of whole numbers")
+    return tuple(integer(item, where, low) for item in value)
+
+
 def number(value: Any, where: str, *, above: float = -math.inf) -> float:
     """Check that `value` is a finite number greater than `above`, and convert it to float."""
     if not isinstance(value, int | float) or isinstance(value, bool):

@@ -43,7 +43,7 @@ DTYPES = {
 _FLOATS = {DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
 _FLOATS_8 = {DTYPES["F8_E4M3"], DTYPES["F8_E5M2"]}
 _SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "scale")
-# Types of the format that hold no parameters as such: quantised or complex numbers.
+# Types of the format that hold no parameters as such: quantized or complex numbers.
 _OTHER_DTYPES = {
     "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4",
     "U64", "U32", "U16", "C64", "C128",
@@ -91,7 +91,7 @@ def read_parameter(
     alone = not any(stem + scale in tensors.shapes for scale in _SCALES)
     if values.dtype not in _FLOATS and not (values.dtype in _FLOATS_8 and alone):
         raise CheckpointError(
-            f"{tensors.where} has {brief(name)} as {values.dtype}, as a quantised model does: get "
+            f"{tensors.where} has {brief(name)} as {values.dtype}, as a quantized model does: get "
             "the model in float32, float16 or bfloat16"
         )
     return values
@@ -202,7 +202,7 @@ def _entry(path: epath.Path, data: int, spec: dict[str, Any]) -> _Entry:
         raise ValueError(f"a tensor of unknown type {brief(kind)}")
     if kind in _OTHER_DTYPES:
         raise CheckpointError(
-            f"{path} holds tensors of type {kind}, which are quantised or not of real numbers: "
+            f"{path} holds tensors of type {kind}, which are quantized or not of real numbers: "
             "get the model in float32, float16 or bfloat16"
         )
     numbers = (*spec["data_offsets"], *spec["shape"])

@@ -6,13 +6,12 @@ and the heads of pretraining are left out.
 
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from vlm.config import ModelConfig, TextConfig, ViTConfig
 from vlm.errors import CheckpointError, brief
 from vlm.weights import huggingface
-from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weights
+from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weights, with_clamped_scale
 from vlm.weights.fields import fields, with_defaults
 from vlm.weights.layers import block, linear, norm
 from vlm.weights.rules import SCALAR, Rule
@@ -57,7 +56,11 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:
-    """Open the checkpoint in a folder."""
+    """Open the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit, or an option that vlm does not support.
+    """
     tensors = weights(folder, *huggingface.WEIGHTS)
     root = "flava." if "flava.logit_scale" in tensors.shapes else ""
     table = rules(config, root)
@@ -66,13 +69,7 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
         own = [rule for rule in table if rule.theirs.startswith(f"{root}{part}_model.")]
         tensors = without_biases(tensors, own, given)
     folded, used = bert_positions(tensors, f"{root}text_model", config.text_transformer, 0)
-    stored, name = tensors, f"{root}logit_scale"
-
-    def scale(start: int, stop: int | None) -> np.ndarray:
-        return np.asarray(np.clip(stored.read(name), 0, _LARGEST_SCALE), np.float32)
-
-    if tensors.shapes.get(name) == ():
-        folded = folded | {name: ((), scale)}
+    tensors = with_clamped_scale(tensors, f"{root}logit_scale", _LARGEST_SCALE)
     towers = tuple(root + start for start in _TOWERS)
     return huggingface.assemble(
         folder,

@@ -13,7 +13,7 @@ from vlm.config import GroupViTConfig, ModelConfig
 from vlm.errors import CheckpointError, brief
 from vlm.weights import huggingface
 from vlm.weights.checkpoint import Checkpoint, Computed, ComputedTensors, weights
-from vlm.weights.fields import MAX_LAYERS, integer, number, with_defaults
+from vlm.weights.fields import integer, integers, number, with_defaults
 from vlm.weights.files import Tensors
 from vlm.weights.layers import TRANSFORMERS, block, conv, linear, norm
 from vlm.weights.rules import SCALAR, Rule, leading
@@ -23,8 +23,8 @@ _CLIP = huggingface.DEFAULTS["clip"]
 _VISION: dict[str, Any] = {
     "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12,
     "num_attention_heads": 6, "image_size": 224, "patch_size": 16, "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5, "assign_eps": 1.0, "depths": None, "num_group_tokens": None,
-    "num_output_groups": None, "assign_mlp_ratio": None,
+    "layer_norm_eps": 1e-5, "assign_eps": 1.0, "depths": (6, 3, 3), "num_group_tokens": (64, 8, 0),
+    "num_output_groups": (64, 8, 8), "assign_mlp_ratio": None,
 }  # fmt: skip
 _TEXT = _CLIP["text"] | {
     "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4
@@ -53,9 +53,9 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     c = huggingface.tower_fields(values, "vision", _VISION, where)
     text = huggingface.tower_fields(values, "text", _TEXT, where)
     model, place = with_defaults(values, _MODEL, where), f"{where}: vision_config"
-    depths = _integers(c["depths"], (6, 3, 3), f"{place}.depths", low=1)
-    groups = _integers(c["num_group_tokens"], (64, 8, 0), f"{place}.num_group_tokens")
-    made = _integers(c["num_output_groups"], (64, 8, 8), f"{place}.num_output_groups")
+    depths = integers(c["depths"], f"{place}.depths")
+    groups = integers(c["num_group_tokens"], f"{place}.num_group_tokens", low=0)
+    made = integers(c["num_output_groups"], f"{place}.num_output_groups", low=0)
     if any(count and count != segments for count, segments in zip(groups, made, strict=False)):
         raise CheckpointError(
             f"{place} has num_group_tokens {list(groups)} and num_output_groups {list(made)}: vlm "
@@ -89,7 +89,11 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:
-    """Open the checkpoint in a folder."""
+    """Open the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit, or an option that vlm does not support.
+    """
     tensors = weights(folder, *huggingface.WEIGHTS)
     return huggingface.assemble(
         folder,
@@ -181,12 +185,3 @@ def _fold(tensors: Tensors, layer: str, normed: str) -> tuple[Computed, Computed
 
     shape = tensors.shapes
     return (shape.get(f"{layer}.weight", ()), weight), (shape[f"{layer}.bias"], bias)
-
-
-def _integers(given: Any, default: tuple[int, ...], where: str, *, low: int = 0) -> tuple[int, ...]:
-    """Check a list of integers, one for each stage."""
-    if given is None:
-        return default
-    if not isinstance(given, list | tuple) or not 0 < len(given) <= MAX_LAYERS:
-        raise CheckpointError(f"{where} is {brief(given)}, not a list with a number for each stage")
-    return tuple(integer(value, where, low=low) for value in given)

@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from vlm.errors import CheckpointError, brief
-from vlm.weights.dequantized import DequantizedTensors, Grid, Quantized, grid_of
+from vlm.weights.dequantized import DequantizedTensors, Grid, QuantizedTensor, grid_of
 from vlm.weights.fields import boolean, fields, integer, read_json
 from vlm.weights.files import Tensors
 
@@ -63,7 +63,9 @@ def dequantized(tensors: Tensors, folder: epath.Path) -> Tensors:
     return DequantizedTensors(tensors, found, unused)
 
 
-def _named(tensors: Tensors, values: dict[str, Any], where: str) -> Iterator[tuple[str, Quantized]]:
+def _named(
+    tensors: Tensors, values: dict[str, Any], where: str
+) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield the quantized tensors of the layout that `quant_method` names."""
     method = values.get("quant_method")
     if method == "bitsandbytes":
@@ -86,7 +88,7 @@ def _named(tensors: Tensors, values: dict[str, Any], where: str) -> Iterator[tup
         )
 
 
-def _bitsandbytes(tensors: Tensors) -> Iterator[tuple[str, Quantized]]:
+def _bitsandbytes(tensors: Tensors) -> Iterator[tuple[str, QuantizedTensor]]:
     for name in _stems(tensors, ".SCB"):
         weight = f"{name}.weight"
         _check_rows(tensors, weight, f"{name}.SCB")
@@ -96,7 +98,10 @@ def _bitsandbytes(tensors: Tensors) -> Iterator[tuple[str, Quantized]]:
                 f"{tensors.where}: {brief(layout)} is {brief(found.tolist())}, a tiled layout of "
                 f"old versions of bitsandbytes: {_FIX}"
             )
-        yield weight, Quantized(weight, f"{name}.SCB", grid=_row(tensors, weight), factor=1 / 127)
+        yield (
+            weight,
+            QuantizedTensor(weight, f"{name}.SCB", grid=_row(tensors, weight), factor=1 / 127),
+        )
 
 
 def _check_rows(tensors: Tensors, weight: str, scale: str) -> None:
@@ -111,7 +116,9 @@ def _row(tensors: Tensors, weight: str) -> Grid:
     return Grid(1, tensors.shapes[weight][1])
 
 
-def _scaled(tensors: Tensors, suffix: str, block: Grid | None) -> Iterator[tuple[str, Quantized]]:
+def _scaled(
+    tensors: Tensors, suffix: str, block: Grid | None
+) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield each weight that has scales beside it, of these blocks if they are tiles."""
     for weight in _stems(tensors, suffix):
         if not weight.endswith("weight"):
@@ -139,12 +146,12 @@ def _scaled(tensors: Tensors, suffix: str, block: Grid | None) -> Iterator[tuple
                 f"{tensors.where} has {brief(zero)} of shape {zeros} for scales of {scales}: "
                 "download it again"
             )
-        yield weight, Quantized(weight, scale, zero if zero in tensors.shapes else None, grid)
+        yield weight, QuantizedTensor(weight, scale, zero if zero in tensors.shapes else None, grid)
 
 
 def _quanto(
     tensors: Tensors, layers: dict[str, Any], where: str
-) -> Iterator[tuple[str, Quantized]]:
+) -> Iterator[tuple[str, QuantizedTensor]]:
     for layer, about in layers.items():
         kinds = fields(about, f"{where}: {layer}")
         kind = kinds.get("weights")
@@ -161,7 +168,7 @@ def _quanto(
         for name in (values, scale):
             if name not in tensors.shapes:
                 raise CheckpointError(f"{tensors.where} has no {brief(name)}: download it again")
-        yield weight, Quantized(values, scale, grid=_quanto_grid(tensors, values, scale))
+        yield weight, QuantizedTensor(values, scale, grid=_quanto_grid(tensors, values, scale))
 
 
 def _quanto_grid(tensors: Tensors, values: str, scale: str) -> Grid | None:
