@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from safetensors import safe_open
 
@@ -37,8 +38,8 @@ from vlm.weights import (
 from vlm.weights.huggingface import CLIP_RULES
 from vlm.weights.instantiate import abstract_model
 from vlm.weights.rules import flat_arrays, flat_shapes, write
-from vlm.weights.writing_huggingface import huggingface_config
-from vlm.weights.writing_open_clip import open_clip_config
+from vlm.weights.writing_huggingface import huggingface_config, write_huggingface
+from vlm.weights.writing_open_clip import open_clip_config, write_open_clip
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROUND_TRIPS = [
@@ -379,3 +380,52 @@ def test_text_encoders_are_written_as_bundles_alone(name, form, tmp_path):
     ours.save(tmp_path / "bundle")
     again = load(tmp_path / "bundle")
     assert np.array_equal(again.encode_text(["a cat"]), ours.encode_text(["a cat"]))
+
+
+CHANGES = {
+    "vision": [{"norm": "branch"}, {"norm_kind": "rms"}, {"last_norm": False}],
+    "text": [{"softcap": 50.0}, {"norm_kind": "rms"}, {"last_norm": True}, {"norm": "branch"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("hf_clip", "huggingface"),
+        ("hf_siglip", "huggingface"),
+        ("hf_chinese_clip", "huggingface"),
+        ("hf_altclip", "huggingface"),
+        ("hf_tipsv2", "huggingface"),
+        ("hf_vt_vit_bert", "huggingface"),
+        ("hf_align", "huggingface"),
+        ("oc_vit", "open_clip"),
+    ],
+)
+def test_fields_without_a_place_are_refused(name, form, tmp_path):
+    bundle = load(GOLDEN / name)
+    writer = {"huggingface": write_huggingface, "open_clip": write_open_clip}[form]
+    for part, changes in CHANGES.items():
+        tower = getattr(bundle.config, part)
+        known = {field.name for field in dataclasses.fields(tower)}
+        for change in changes:
+            ((field, value),) = change.items()
+            bert = field == "norm" and getattr(tower, "pooler", False)  # has norm="post" alone
+            if field not in known or bert or getattr(tower, field) == value:
+                continue
+            config = dataclasses.replace(
+                bundle.config, **{part: dataclasses.replace(tower, **change)}
+            )
+            model = abstract_model(config, np.dtype(np.float32))
+            altclip = (name, part, field) == ("hf_chinese_clip", "text", "last_norm")
+            where = "projection" if altclip else field
+            with pytest.raises(CheckpointError, match=rf"{part}\.{where} .* vlm bundle"):
+                writer(epath.Path(tmp_path), model, bundle.preprocess, bundle.tokenizer)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rule_without_its_parameter_is_an_error():
+    config = load(GOLDEN / "hf_clip").config
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, norm_kind="rms"))
+    model = DualEncoder(config, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match=r"needs text\.norm\.bias.*does not have: save"):
+        list(write(model, CLIP_RULES))

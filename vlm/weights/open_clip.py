@@ -221,6 +221,22 @@ def tower_fields(values: dict[str, Any], where: str) -> tuple[dict[str, Any], di
     )
 
 
+def native_towers(
+    values: dict[str, Any], where: str
+) -> tuple[ViTConfig | ResNetConfig | None, TextConfig | None]:
+    """Towers of open_clip's own that a `model_cfg` describes; None for those of timm and the Hub.
+
+    Raises:
+        CheckpointError: a field or an activation that vlm does not have.
+    """
+    vision, text = tower_fields(values, where)
+    quick = boolean(values.get("quick_gelu") or False, f"{where}: model_cfg.quick_gelu")
+    return (
+        None if vision["timm_model_name"] else _vision(vision, quick, f"{where}: vision_cfg"),
+        None if text["hf_model_name"] else _text(text, quick, f"{where}: text_cfg"),
+    )
+
+
 def _vision(c: dict[str, Any], quick: bool, where: str) -> ViTConfig | ResNetConfig:
     image_size = _side(c["image_size"], f"{where}.image_size")
     if isinstance(c["layers"], list):

@@ -288,10 +288,15 @@ def write(
 
     Raises:
         CheckpointError: no rule has one of our parameters, except those that the other library has
-            `computed`, so that it would be lost.
+            `computed`, so that it would be lost; or a rule has one that the model lacks.
     """
     arrays = dict(flat_arrays(model))
     ours = {layer.ours for layer in expand(rules, flat_shapes(model))}
+    if absent := sorted(ours - arrays.keys()):
+        raise CheckpointError(
+            f"the other format needs {list_names(absent)}, which the model does not have: save the "
+            "model as a vlm bundle"
+        )
     if lost := sorted(arrays.keys() - ours - set(computed)):
         raise CheckpointError(
             f"the other format has no place for {list_names(lost)}: save the model as a vlm bundle"

@@ -34,7 +34,7 @@ def align_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         {parts.SIGMOID: config.init_bias is not None or config.loss != "softmax"},
     )
     firsts = np.cumsum([0, *(stage.depth for stage in vision.stages)]).tolist()
-    return parts.model_values(
+    values = parts.model_values(
         "align",
         "AlignModel",
         projection_dim=config.embed_dim,
@@ -61,6 +61,8 @@ def align_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         },
         text_config=parts.text_values(text, "align"),
     )
+    parts.refuse_differences(FORM, config, align.model_config(values, "config.json"))
+    return values
 
 
 def _channels(c: EfficientNetConfig) -> dict[str, Any]:

@@ -9,7 +9,13 @@ from vlm.config import ModelConfig, TextConfig, ViTConfig
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import bert_clip
 from vlm.weights.rules import write
-from vlm.weights.writing_parts import check, model_values, text_values, vision_values
+from vlm.weights.writing_parts import (
+    check,
+    model_values,
+    refuse_differences,
+    text_values,
+    vision_values,
+)
 
 _CLASSES = {"chinese_clip": "ChineseCLIPModel", "altclip": "AltCLIPModel"}
 _SEGMENTS = {"chinese_clip": 2, "altclip": 1}
@@ -48,7 +54,7 @@ def bert_clip_config(config: ModelConfig) -> dict[str, Any]:
         },
     )
     more = {"project_dim": config.embed_dim} if family == "altclip" else {}
-    return model_values(
+    values = model_values(
         family,
         _CLASSES[family],
         projection_dim=config.embed_dim,
@@ -61,6 +67,9 @@ def bert_clip_config(config: ModelConfig) -> dict[str, Any]:
             **more,
         ),
     )
+    form = f"transformers' {_CLASSES[family]}"
+    refuse_differences(form, config, bert_clip.model_config(values, "config.json"))
+    return values
 
 
 def bert_clip_tensors(model: DualEncoder) -> Iterator[tuple[str, Any]]:

@@ -153,13 +153,18 @@ def huggingface_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
     if naflex:
         del vision_config["image_size"]
         vision_config["num_patches"] = (vision.image_size // vision.patch_size) ** 2
-    return parts.model_values(
+    values = parts.model_values(
         family,
         architecture,
         text_config=parts.text_values(text, family, pad_token_id=rules.pad_id, **ends, **more),
         vision_config=vision_config,
         **(more if clip else {}),
     )
+    made = huggingface.model_config(values, "config.json")
+    # NaFlex's processor has the number of patches.
+    free = ["vision.max_patches"] if naflex else []
+    parts.refuse_differences("transformers", config, made, free)
+    return values
 
 
 def _preprocess(c: PreprocessConfig, family: str, name: str | None = None) -> dict[str, Any]:

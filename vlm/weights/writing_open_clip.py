@@ -21,7 +21,14 @@ from vlm.weights.files import write_safetensors
 from vlm.weights.processors import RESIZE_MODES
 from vlm.weights.rules import write
 from vlm.weights.vocabularies import CLIP_BOS, CLIP_EOS, CLIP_SIZE, OPEN_CLIP_CLEAN
-from vlm.weights.writing_parts import check, dump, refuse, refuse_if, warn_of_crop
+from vlm.weights.writing_parts import (
+    check,
+    dump,
+    refuse,
+    refuse_if,
+    tower_differences,
+    warn_of_crop,
+)
 from vlm.weights.writing_tokenizer import tokenizer_files
 
 
@@ -111,6 +118,13 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         values["quick_gelu"] = True
     if config.init_bias is not None:
         values["init_logit_bias"] = config.init_bias
+    vision_made, text_made = open_clip.native_towers(values, "open_clip_config.json")
+    faults = {}
+    if vision_made is not None:
+        faults |= tower_differences("vision", vision, vision_made)
+    if text_made is not None:
+        faults |= tower_differences("text", text, text_made)
+    refuse_if("open_clip", faults)
     return values
 
 

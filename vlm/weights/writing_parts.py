@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Collection
 from typing import Any, Literal, NoReturn
 
 from etils import epath
@@ -44,17 +45,34 @@ def check(
     refuse_if(form, dict.fromkeys(found, True) | (faults or {}))
 
 
-def refuse_differences(form: str, config: ModelConfig, made: ModelConfig) -> None:
-    """Raise an error if a file that reads as `made` would lose something of `config`."""
-    faults = {}
-    for tower in ("vision", "text"):
-        ours, theirs = getattr(config, tower), getattr(made, tower)
-        for field in dataclasses.fields(ours):
-            value, other = getattr(ours, field.name), getattr(theirs, field.name, None)
-            differs = value != other and field.name not in ("dropout", "patch_dropout")
-            faults[f"{tower}.{field.name} {value!r} ({other!r})"] = differs
-    faults[SIGMOID] = config.init_bias is not None or config.loss == "sigmoid"
+def refuse_differences(
+    form: str, config: ModelConfig, made: ModelConfig, free: Collection[str] = ()
+) -> None:
+    """Raise an error if a file that reads as `made` would lose something of `config`.
+
+    The fields that are `free`, such as "vision.layer_scale", may differ. A model of a sigmoid loss
+    is refused unless the file has a logit_bias.
+    """
+    faults = tower_differences("vision", config.vision, made.vision, free)
+    faults |= tower_differences("text", config.text, made.text, free)
+    sigmoid = config.init_bias is not None or config.loss == "sigmoid"
+    faults[SIGMOID] = sigmoid and made.init_bias is None
     refuse_if(form, faults)
+
+
+def tower_differences(
+    name: str, ours: Any, theirs: Any, free: Collection[str] = ()
+) -> dict[str, bool]:
+    """Return for each field of a tower whether it differs from the tower that a file reads as."""
+    # A class token is there in any case if it is pooled.
+    tokens = ("class_token",) if getattr(ours, "pool", None) == "class" else ()
+    equal = {f"{name}.{field}" for field in ("dropout", "patch_dropout", *tokens)}.union(free)
+    faults = {}
+    for field in dataclasses.fields(ours):
+        value, other = getattr(ours, field.name), getattr(theirs, field.name, None)
+        differs = value != other and f"{name}.{field.name}" not in equal
+        faults[f"{name}.{field.name} {value!r} ({other!r})"] = differs
+    return faults
 
 
 def refuse_if(form: str, faults: dict[str, bool]) -> None:

@@ -54,13 +54,16 @@ def tipsv2_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         num_register_tokens=vision.registers,
     )
     del tower["intermediate_size"]  # the class has mlp_ratio instead
-    return parts.model_values(
+    values = parts.model_values(
         "tipsv2",
         "Tipsv2Model",
         temperature_init_value=1 / config.init_scale,
         vision_config=tower,
         text_config=parts.text_values(text, "tipsv2", scale_sqrt_depth=text.scale_embedding),
     )
+    made = tipsv2.model_config(values, "config.json")
+    parts.refuse_differences(FORM, config, made, free=["vision.layer_scale"])
+    return values
 
 
 def _ratio(width: int, mlp_dim: int, *, gated: bool) -> float:

@@ -12,7 +12,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import writing_parts as parts
 from vlm.weights.rules import write
 from vlm.weights.text_encoders import first_position
-from vlm.weights.vision_text import rules
+from vlm.weights.vision_text import model_config, rules
 from vlm.weights.writing_one_tower import one_tower_config
 
 _POSITIONS = "text_model.embeddings.position_embeddings.weight"
@@ -65,13 +65,15 @@ def vision_text_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, A
         kind = "clip_text_model"
         ends["eos_token_id"] = 2 if text.pool == "argmax" else text.end_id
         more = {"pad_token_id": rule.pad_id, **ends}
-    return parts.model_values(
+    values = parts.model_values(
         "vision-text-dual-encoder",
         "VisionTextDualEncoderModel",
         projection_dim=config.embed_dim,
         vision_config=image,
         text_config=parts.text_values(text, "") | {"model_type": kind} | more,
     )
+    parts.refuse_differences("transformers", config, model_config(values, "config.json"))
+    return values
 
 
 def vision_text_tensors(model: DualEncoder, kind: str) -> Iterator[tuple[str, Any]]:
