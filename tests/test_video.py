@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_bundle import make
 
+from vlm.cli.images import VIDEO, find_images
 from vlm.errors import ConfigError, DataError
+from vlm.heads import RetrievalIndex, VideoEncoder
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 11, 20, 24, 3), np.uint8)
 
@@ -47,3 +50,16 @@ def test_bad_videos_and_options():
         model.encode_video(FRAMES[0], frames=0)
     with pytest.raises(ConfigError, match="batch_size 0"):
         model.encode_video(FRAMES[0], batch_size=0)
+
+
+def test_images_in_place_of_videos_are_an_error(tmp_path):
+    """The images are the frames of one video, so there would be fewer embeddings than ids."""
+    index = RetrievalIndex(VideoEncoder(make(), frames=2))
+    places = [tmp_path / f"{name}.png" for name in "ab"]
+    for place in places:
+        Image.fromarray(FRAMES[0, 0]).save(place)
+    with pytest.raises(DataError, match="1 embeddings of 2 items"):
+        index.add(places)
+    assert len(index) == 0
+    with pytest.raises(DataError, match="is an image file: leave out --video"):
+        find_images([str(places[0])], kind=VIDEO)

@@ -283,7 +283,7 @@ class Bundle(FactSheet):
         An adapter is merged. For transformers and open_clip, the token ids of `compare_texts` texts
         are compared, and the result is returned. All processes of a run must call this. With
         `quantize`, large parameters have eight bits with a scale for each channel, "int8" or
-        "float8"; `load` multiplies them, so that they take a quarter of the disk alone.
+        "float8", which saves disk space and no memory: `load` makes float32 of them.
 
         Raises:
             ConfigError: an unknown `quantize`, or one for another format.

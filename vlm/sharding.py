@@ -108,10 +108,7 @@ def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def free_batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """Return the axes of a batch on a mesh; those that a `jax.shard_map` has mapped have no part.
-
-    Inside `per_data_shard`, a batch is one shard along `data`.
-    """
+    """Return the axes of a batch that are not mapped by a surrounding `jax.shard_map`."""
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(axis for axis in BATCH_AXES if kinds[axis] != AxisType.Manual)
 
@@ -295,6 +292,11 @@ def by_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(free_batch_axes(mesh))))
 
 
+def maps_data(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether `per_data_shard` maps functions over a mesh: it has several devices along `data`."""
+    return mesh.shape["data"] == math.prod(mesh.shape.values()) > 1
+
+
 def per_data_shard(function: Function, mesh: Mesh | AbstractMesh) -> Function:
     """Map `function(params, *rows)` over the shards of its rows along the mesh axis `data`.
 
@@ -304,7 +306,7 @@ def per_data_shard(function: Function, mesh: Mesh | AbstractMesh) -> Function:
     does on meshes of several axes: of functions that are mapped over one of them, it gathers
     activations over `fsdp`, and fails with `tensor` beside it.
     """
-    if mesh.shape["data"] != math.prod(mesh.shape.values()) or mesh.shape["data"] == 1:
+    if not maps_data(mesh):
         return function
 
     def call(params: Any, *rows: Any) -> Any:

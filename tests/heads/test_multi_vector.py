@@ -231,3 +231,28 @@ def test_a_tower_that_is_missing_is_named():
     model = vlm.load(GOLDEN / "st_bert")
     with pytest.raises(ConfigError, match="has no vision tower"):
         image_tokens(model, [np.zeros((8, 8, 3), np.uint8)])
+
+
+def test_widths_are_checked_over_all_items_of_an_add(monkeypatch):
+    monkeypatch.setattr("vlm.heads.multi_vector.CHUNK", 2)
+    index = MultiVectorIndex()
+    with pytest.raises(ConfigError, match="item 2 has vectors of 4 dimensions, and the others 8"):
+        index.add([np.eye(8)[:2], np.eye(8)[:1], np.eye(4)])
+    assert len(index) == 0
+
+
+def test_arrays_of_bfloat16_are_vectors():
+    index = MultiVectorIndex()
+    index.add([jnp.eye(3, dtype=jnp.bfloat16)], ids=["a"])
+    assert index.search(jnp.eye(3, dtype=jnp.bfloat16), k=1)[0].score == pytest.approx(3)
+
+
+def test_an_index_that_is_saved_without_its_model_still_belongs_to_it(tmp_path):
+    models = [vlm.load(GOLDEN / name) for name in ("hf_clip", "hf_siglip")]
+    index = MultiVectorIndex(models[0])
+    index.add(["a cat", "two dogs"], ids=[0, 1])
+    index.save(tmp_path / "first")
+    MultiVectorIndex.load(tmp_path / "first").save(tmp_path / "second")
+    assert MultiVectorIndex.load(tmp_path / "second", models[0]).search("a cat", k=1)[0].id == 0
+    with pytest.raises(CheckpointError):
+        MultiVectorIndex.load(tmp_path / "second", models[1])

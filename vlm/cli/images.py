@@ -18,7 +18,7 @@ from vlm.paths import as_path, is_remote
 
 
 class Kind(NamedTuple):
-    """What a command looks for in folders."""
+    """Kind of the input files of a command: its name, and the suffixes in folders."""
 
     name: str
     suffixes: frozenset[str]
@@ -39,7 +39,7 @@ def find_images(
     `absolute`, local paths become absolute.
 
     Raises:
-        DataError: a place that does not exist, or that has no images.
+        DataError: a place that does not exist, or that has no images; or an image for a video.
     """
     files = (path for place in places for path in _images(place, kind))
     if absolute:
@@ -135,6 +135,9 @@ def _images(place: str, kind: Kind) -> list[str]:
                 + (f": it has {len(skipped):,} files of {', '.join(types[:8])}" if types else "")
             )
     elif path.exists():
+        suffix = os.path.splitext(place)[1].lower()
+        if kind is VIDEO and suffix in SUFFIXES - VIDEO_SUFFIXES:
+            raise DataError(f"{place!r} is an image file: leave out --video")
         return [os.fspath(path)]
     else:
         matches = sorted(glob.glob(os.fspath(path), recursive=True))

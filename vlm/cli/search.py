@@ -87,6 +87,10 @@ def search(
         from vlm.heads.filters import Condition, where_all
 
         limits["where"] = where_all([Condition(*condition) for condition in conditions])
+    if prompt is not None and (
+        like or not any(isinstance(_query(q), str) for q in (query, *plus, *minus))
+    ):
+        raise UsageError("--prompt is put before text queries, and there is none: leave it out")
     asked = query if like else _combined(query, plus, minus, weight)
     opened, unreadable = _open(index, model, options.moved_folders(root))
     if prompt is not None:
@@ -203,10 +207,14 @@ def _query(query: str) -> str | Path:
 
     Raises:
         DataError: there is no such image.
+        UsageError: it is a video file.
     """
     from vlm.inputs.opening import SUFFIXES
+    from vlm.inputs.videos import VIDEO_SUFFIXES
 
     path = Path(query).expanduser()
+    if path.suffix.lower() in VIDEO_SUFFIXES - SUFFIXES and path.is_file():
+        raise UsageError(f"the query {query!r} is a video file: give a text or an image")
     if path.suffix.lower() not in SUFFIXES:
         return query
     if not path.is_file():

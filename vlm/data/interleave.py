@@ -21,7 +21,7 @@ from vlm.cluster.processes import exchange_texts
 from vlm.config import DataConfig
 from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.faults import BadSample, TooManyBad
-from vlm.data.shards import FILTERED, READERS, Lane, Sample
+from vlm.data.shards import FILTERED, SHARD_READERS, Lane, Sample
 from vlm.data.transform_example import ExampleTransform
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.tokenizer import AnyTokenizer
@@ -222,7 +222,7 @@ class LaneIterator(grain.DatasetIterator):
     def __init__(self, batches: LaneBatches):
         super().__init__()
         self._batches = batches
-        readers = getattr(batches.stream, "readers", READERS)
+        readers = getattr(batches.stream, "readers", SHARD_READERS)
         self._readers = ThreadPoolExecutor(min(readers, len(batches.lanes)), "read")
         self._decoders = ThreadPoolExecutor(max(1, batches.threads), "decode")
         self._lanes: dict[int, Lane] = {}

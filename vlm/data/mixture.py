@@ -16,7 +16,7 @@ from vlm.config import DataConfig, MixturePart
 from vlm.data.examples import PART, Example
 from vlm.data.interleave import Stream
 from vlm.data.randomness import key, uniforms
-from vlm.data.shards import READERS, Lane, Sample
+from vlm.data.shards import SHARD_READERS, Lane, Sample
 from vlm.errors import ConfigError
 
 
@@ -58,7 +58,7 @@ class Mixture:
         shares = ", ".join(f"{part.source} {share:.1%}" for part, share in named)
         self.description = f"about {self.examples:,} examples read as a stream: {shares}"
         self.shard_length = max(part.shard_length for part in parts)
-        self.readers = max(getattr(part, "readers", READERS) for part in parts)
+        self.readers = max(getattr(part, "readers", SHARD_READERS) for part in parts)
         fixes = [getattr(part, "fix_mixing", None) for part in parts]
         self.fix_mixing = "; ".join(dict.fromkeys(fix for fix in fixes if fix)) or None
         self.faults: Sequence[dict[str, Any]] = [f for part in parts for f in part.faults]

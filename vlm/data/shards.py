@@ -27,7 +27,7 @@ from vlm.data.tar import CorruptFileError
 from vlm.errors import DataError
 from vlm.paths import is_remote
 
-READERS = 32  # threads that read remote files
+SHARD_READERS = 32  # threads that read remote files
 SHUFFLE = 8192  # samples in the shuffle buffers, if neither the config nor the format sets it
 
 _INDEX_BITS = 24  # bits for the index of an example in its part
@@ -120,7 +120,7 @@ class Shards:
         self.fix_mixing = fix_mixing
         # Reading local files is work of the cores, and more threads than these slow each other.
         remote = any(map(is_remote, names))
-        self.readers = READERS if remote else min(READERS, os.cpu_count() or 1)
+        self.readers = SHARD_READERS if remote else min(SHARD_READERS, os.cpu_count() or 1)
         self.shard_length = shard_length  # estimated examples in a shard of unknown length
         self.examples = shard_length * len(names)
         self.description = f"about {self.examples:,} examples read as a stream{description}"

@@ -143,6 +143,11 @@ def write_partition(
     import pyarrow.parquet
 
     arrays = {name: _array(name, column) for name, column in columns.items()}
+    if wrong := [name for name, column in columns.items() if len(column) != len(z)]:
+        raise DataError(
+            f"there are {len(z)} embeddings and {len(columns[wrong[0]])} values of {wrong[0]}: an "
+            "encoder of videos takes the paths of video files"
+        )
     for name in ("img_emb", "metadata"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     embeddings = folder / "img_emb" / f"img_emb_{number}.npy"

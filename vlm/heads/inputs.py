@@ -12,6 +12,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.heads.image_paths import absolute
 from vlm.heads.items import Id
 from vlm.inputs.opening import SUFFIXES, ImageLike, is_image
+from vlm.inputs.videos import VIDEO_SUFFIXES
 
 Kind = Literal["image", "text", "embedding"]
 Images = ImageLike | Iterable[ImageLike]
@@ -26,20 +27,22 @@ def kind(item: Any, where: str) -> Kind:
     bytes of an image file is an image. A one-dimensional array of floats is an embedding.
 
     Raises:
-        ConfigError: a `str` that names a picture on this disk.
+        ConfigError: a `str` that names a picture or video on this disk.
         DataError: an item of another type.
     """
     if isinstance(item, str):
         # The user probably means the image, not the words of its file name: refuse to guess.
-        if os.path.splitext(item)[1].lower() in SUFFIXES and os.path.isfile(item):
+        suffix = os.path.splitext(item)[1].lower()
+        if suffix in SUFFIXES | VIDEO_SUFFIXES and os.path.isfile(item):
+            noun = "picture" if suffix in SUFFIXES else "video"
             raise ConfigError(
-                f"{where} got the text {item!r}, which is the path of a picture: "
-                "wrap it in pathlib.Path(...) to use the picture"
+                f"{where} got the text {item!r}, which is the path of a {noun}: "
+                f"wrap it in pathlib.Path(...) to use the {noun}"
             )
         return "text"
     if is_image(item):
         return "image"
-    if len(getattr(item, "shape", ())) == 1 and _is_float(item.dtype):
+    if len(getattr(item, "shape", ())) == 1 and is_float(item.dtype):
         return "embedding"
     raise DataError(
         f"{where} got a {type(item).__name__}: give a text (str), a picture (pathlib.Path, PIL "
@@ -56,8 +59,8 @@ def split(items: Any, where: str) -> tuple[Kind | None, Iterator[Any], bool]:
     shape = getattr(items, "shape", None)
     if shape is not None:
         # (d,) one embedding, (n, d) floats several; (h, w) and (h, w, c) one image, else several.
-        single = len(shape) == (1 if _is_float(items.dtype) and len(shape) < 3 else 3)
-        single = single or (len(shape) == 2 and not _is_float(items.dtype))
+        single = len(shape) == (1 if is_float(items.dtype) and len(shape) < 3 else 3)
+        single = single or (len(shape) == 2 and not is_float(items.dtype))
     else:
         single = is_image(items)
     if single or not isinstance(items, Iterable):  # `kind` refuses unknown types
@@ -126,6 +129,15 @@ def default_id(item: object, number: int, known: Container[Id] = ()) -> str | in
     return os.fspath(item) if os.fspath(item) in known else absolute(item)
 
 
-def _is_float(dtype: Any) -> bool:
+def is_float(dtype: Any) -> bool:
     """Whether a dtype is a float of NumPy or JAX (bfloat16 is not a subtype of `np.floating`)."""
     return np.issubdtype(dtype, np.floating) or str(dtype) == "bfloat16"
+
+
+def check_count(model: str, embeddings: int, items: int) -> None:
+    """Raise a DataError unless a model made an embedding of each item."""
+    if embeddings != items:
+        raise DataError(
+            f"{model} made {embeddings} embeddings of {items} items: an encoder of videos "
+            "takes the paths of video files, and one of images takes images"
+        )

@@ -17,7 +17,7 @@ from vlm.heads.device_search import search_program, valid_rows
 
 PRODUCT_BYTES = 16 << 20  # of products held at once on the host
 DEVICE_BYTES = 64 << 20  # the same on a device
-QUERIES = 32  # searched at once on a device
+QUERIES, VECTORS = 32, 1024  # searched at once on a device, and the vectors of these
 
 Queries = list[Float[np.ndarray, "_ d"]]
 
@@ -72,7 +72,7 @@ class DeviceMaxSimilarity:
         lengths = np.diff(starts).astype(np.int32)
         longest, width = int(lengths.max()), vectors.shape[1]
         shard = -(-self.count // mesh.size)
-        per_item = 4 * longest * max(width, 1024)
+        per_item = 4 * longest * max(width, VECTORS)
         self._tile = min(shard, max(1, DEVICE_BYTES // per_item))
         self._shard = -(-shard // self._tile) * self._tile
         total = self._shard * mesh.size
@@ -98,8 +98,9 @@ class DeviceMaxSimilarity:
         program = search_program(self.mesh, self._shard, self._tile, k, _device_scores)
         everywhere = NamedSharding(self.mesh, P())
         found: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-        for start in range(0, len(queries), QUERIES):
-            part = queries[start : start + QUERIES]
+        block = min(QUERIES, max(1, VECTORS // longest))
+        for start in range(0, len(queries), block):
+            part = queries[start : start + block]
             size = 1 << (len(part) - 1).bit_length()
             z = np.zeros((size, longest, part[0].shape[1]), np.float32)
             real = np.zeros((size, longest), bool)

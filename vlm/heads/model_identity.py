@@ -8,12 +8,15 @@ A saved head also stores the model's embeddings of one text and one image. The s
 reproduce them in any file format, to a cosine of SAME on any machine and in any precision.
 """
 
+import ast
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+import vlm.config
 from vlm._version import __version__
 from vlm.errors import CheckpointError
 from vlm.heads.encoder import Encoder
@@ -63,7 +66,25 @@ def embedding_facts(
     if tower != "image" and (tokenizer := getattr(owner, "tokenizer", None)) is not None:
         facts["tokenizer"] = getattr(tokenizer, "config", None)
         facts["vocabulary"] = getattr(tokenizer, "fingerprint", None)
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    return {name: _shortened(str(value)) for name, value in facts.items() if value is not None}
+
+
+def _shortened(text: str) -> str:
+    """Leave out the default values in the text of a config, as that of a later version has more."""
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError):  # not a config
+        return text
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
+            kind = getattr(vlm.config, call.func.id, None)
+            fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+            defaults = {field.name: repr(field.default) for field in fields}
+            call.keywords = [
+                given for given in call.keywords
+                if defaults.get(given.arg or "") != ast.unparse(given.value)
+            ]  # fmt: skip
+    return ast.unparse(tree)
 
 
 def stored_facts(model: Encoder, tower: Literal["image", "text"] | None = None) -> dict[str, str]:
@@ -101,7 +122,10 @@ def _unprompted(model: Encoder) -> Any:
     """Return the model without its default prompt."""
     owner: Any = getattr(model, "bundle", model)
     rules = getattr(getattr(owner, "tokenizer", None), "config", None)
-    return model if getattr(rules, "default_prompt", None) is None else owner.with_prompt(None)
+    if getattr(rules, "default_prompt", None) is None:
+        return model
+    prompted: Any = model if hasattr(model, "with_prompt") else owner
+    return prompted.with_prompt(None)
 
 
 def width_of(model: Encoder) -> int:
@@ -163,6 +187,7 @@ def mismatch(stored: dict[str, Any], model: Encoder) -> str | None:
     if (before := stored.get("facts")) is not None:
         now = embedding_facts(model)
         names = (before.keys() | now.keys()) - set(ROUNDING)
+        before = {name: _shortened(str(fact)) for name, fact in before.items()}
         if differ := sorted(name for name in names if before.get(name) != now.get(name)):
             return f"another {', '.join(differ)}"
     fingerprint = getattr(model, "fingerprint", None)

@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float
-from PIL import Image
 
 from vlm.bundle import Bundle
 from vlm.errors import CheckpointError, ConfigError, DataError, brief
@@ -21,7 +21,7 @@ from vlm.heads import codes
 from vlm.heads.codes import CANDIDATES, LEAST, Coding
 from vlm.heads.hits import Hit, Hits
 from vlm.heads.index_folder import local_folder
-from vlm.heads.inputs import kind
+from vlm.heads.inputs import default_id, is_float, kind
 from vlm.heads.items import Id, Stored
 from vlm.heads.max_similarity import (
     DeviceMaxSimilarity,
@@ -32,6 +32,7 @@ from vlm.heads.max_similarity import (
 from vlm.heads.model_identity import check_identity, identity
 from vlm.heads.prompts import normalise
 from vlm.heads.token_embeddings import image_tokens, text_tokens
+from vlm.inputs.opening import ImageLike, is_image
 from vlm.weights.fields import choice, fields, integer, read_json_of_format
 from vlm.weights.new_folder import new_folder
 
@@ -41,7 +42,7 @@ CHUNK = 256  # items encoded at a time
 CODED_ROWS = 1 << 16  # rows coded at a time
 QUERY_BLOCK = 32
 
-Item = str | os.PathLike | Image.Image | np.ndarray
+Item = ImageLike | jax.Array  # a float array of shape (t, d) is the vectors of one item
 
 
 class MultiVectorIndex:
@@ -85,6 +86,7 @@ class MultiVectorIndex:
         self._codes: tuple[Any, np.ndarray] | None = None
         self._mesh: Mesh | None = None
         self._searcher: DeviceMaxSimilarity | None = None
+        self._identity: Any = None  # of the model that made the vectors, if it is not loaded
 
     def add(self, items: Item | Iterable[Item], ids: Iterable[Id] | None = None) -> None:
         """Encode and store items; an `add` that fails leaves the index as it was.
@@ -108,7 +110,9 @@ class MultiVectorIndex:
         for chunk in _chunks(iter(listed)):
             for number, item in enumerate(chunk, len(new)):
                 new[self._name(item, len(self) + number, named, new)] = None
-            found += [z.astype(self.dtype) for z in self._vectors_of(chunk, len(found), "item")]
+            width = found[0].shape[1] if found else self._width
+            vectors = self._vectors_of(chunk, len(found), "item", width)
+            found += [z.astype(self.dtype) for z in vectors]
         if named is not None and (extra := next(named, None)) is not None:
             raise ConfigError(f"id {extra!r} has no item: give one id for every item")
         if not found:
@@ -186,7 +190,8 @@ class MultiVectorIndex:
             raise ConfigError(f"the index is empty: add items before saving it to {folder}")
         about = {
             "format": FORMAT, "ids": list(self._ids), "lengths": np.diff(self._starts).tolist(),
-            "coding": self.coding, "model": None if self.model is None else identity(self.model),
+            "coding": self.coding,
+            "model": self._identity if self.model is None else identity(self.model),
         }  # fmt: skip
         with new_folder(folder, frozenset([VECTORS_FILE, ABOUT_FILE])) as new:
             np.save(os.fspath(new / VECTORS_FILE), self._rows())
@@ -224,6 +229,7 @@ class MultiVectorIndex:
                 "the index again"
             )
         index = cls(model, vectors.dtype.name, coding)
+        index._identity = about.get("model")
         index._ids, index._parts = dict.fromkeys(ids), [vectors]
         index._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return index
@@ -247,8 +253,7 @@ class MultiVectorIndex:
 
     def _name(self, item: Any, number: int, named: Iterator[Id] | None, new: dict[Id, None]) -> Id:
         """Return the id of an item, checked."""
-        path = os.fspath(item) if isinstance(item, os.PathLike) else None
-        name: Any = (path or number) if named is None else next(named, None)
+        name: Any = default_id(item, number, self._ids) if named is None else next(named, None)
         if name is None:
             raise ConfigError(f"there are only {len(new)} ids: give one for every item")
         name = int(name) if isinstance(name, np.integer) else name
@@ -260,10 +265,17 @@ class MultiVectorIndex:
         return name
 
     def _queries(self, query: Any, one: bool) -> Queries:
-        return self._vectors_of([query] if one else list(query), 0, "query")
+        return self._vectors_of([query] if one else list(query), 0, "query", self._width)
 
-    def _vectors_of(self, items: list[Any], first: int, noun: str) -> Queries:
-        """Return the unit-norm vectors of each item."""
+    @property
+    def _width(self) -> int | None:
+        """Dimensions of the vectors, if they are known."""
+        if self._parts:
+            return self._parts[0].shape[1]
+        return None if self.model is None else self.model.embed_dim
+
+    def _vectors_of(self, items: list[Any], first: int, noun: str, width: int | None) -> Queries:
+        """Return the unit-norm vectors of each item, of `width` dimensions if it is known."""
         kinds = ["vectors" if _is_vectors(item) else kind(item, noun) for item in items]
         given, texts, images, single = (
             [i for i, item_kind in enumerate(kinds) if item_kind == name]
@@ -284,7 +296,6 @@ class MultiVectorIndex:
         for at, encode in ((texts, text_tokens), (images, image_tokens)):
             if at and self.model is not None:
                 found |= dict(zip(at, encode(self.model, [items[i] for i in at]), strict=True))
-        width = self._parts[0].shape[1] if self._parts else None
         for i in range(len(items)):
             z, name = found[i], f"{noun} {first + i}"
             if not len(z):
@@ -340,16 +351,14 @@ class MultiVectorIndex:
 
 def _is_vectors(item: Any, dimensions: int = 2) -> bool:
     """Whether something is an array of floats with so many dimensions."""
-    floats = getattr(item, "ndim", 0) == dimensions
-    return floats and np.issubdtype(np.asarray(item).dtype, np.floating)
+    return getattr(item, "ndim", 0) == dimensions and is_float(item.dtype)
 
 
 def _is_one(item: Any) -> bool:
     """Whether something is one item, not several."""
-    pixels = isinstance(item, np.ndarray) and item.ndim in (2, 3)
-    pixels = pixels and not np.issubdtype(item.dtype, np.floating)
-    one = isinstance(item, str | bytes | os.PathLike | Image.Image)
-    return one or pixels or _is_vectors(item) or _is_vectors(item, 1)
+    if (dimensions := getattr(item, "ndim", 0)) and is_float(item.dtype):
+        return dimensions < 3
+    return is_image(item) or isinstance(item, str)
 
 
 def _chunks(items: Iterator[Any]) -> Iterator[list[Any]]:

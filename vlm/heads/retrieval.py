@@ -19,7 +19,7 @@ from vlm.heads.codes import CANDIDATES, LEAST, Coding, candidates
 from vlm.heads.encoder import Encoder
 from vlm.heads.filters import Value, Where, checked_columns, matching
 from vlm.heads.hits import Hit, Hits, picture_of
-from vlm.heads.inputs import Inputs, Item, kind, named_items, split
+from vlm.heads.inputs import Inputs, Item, check_count, kind, named_items, split
 from vlm.heads.items import GivenId, Id, Items, Stored
 from vlm.heads.model_identity import check_identity, identity, mismatch
 from vlm.heads.prompts import normalise
@@ -109,7 +109,7 @@ class RetrievalIndex:
         Raises:
             ConfigError: an id given twice or already in the index, another number of ids or values
                 than items, items of several kinds, or a `str` that names an image on this disk.
-            DataError: an embedding that is zero or not finite.
+            DataError: an embedding that is zero or not finite, or fewer embeddings than items.
         """
         self._add(items, ids, batch_size, metadata or {}, on_error, replace=False)
 
@@ -207,6 +207,7 @@ class RetrievalIndex:
             readable = [number for number in range(len(new_ids)) if number not in unread]
             new_ids = [new_ids[number] for number in readable]
             columns = {name: [values[i] for i in readable] for name, values in columns.items()}
+        check_count(self.model.name, sum(map(len, rows)), len(new_ids))
         self._items.add([z for z in rows if len(z)], new_ids, columns)
         self._searcher = None
 
@@ -337,12 +338,12 @@ class RetrievalIndex:
             for i, item in enumerate(queries):
                 if (item_kind := kind(item, "search")) != what:
                     raise ConfigError(
-                        f"query {i} is {item_kind}, the first is {what}: search separately, or "
-                        "as Query"
+                        f"query {i} is {item_kind}, the first {what}: search apart, or as Query"
                     )
             if not queries:
                 return np.zeros((0, 1), np.float32), single
             z = encode_items(self.model, queries, what)
+            check_count(self.model.name, len(z), len(queries))
         self._check_width(z, "a query")
         return z, single
 

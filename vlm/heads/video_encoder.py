@@ -49,6 +49,10 @@ class VideoEncoder:
         """Encode videos with `Bundle.encode_video`."""
         return self.bundle.encode_video(images, batch_size, frames=self.frames, on_error=on_error)
 
+    def with_prompt(self, prompt: str | None) -> "VideoEncoder":
+        """Copy it with another default prompt: see `Bundle.with_prompt`."""
+        return VideoEncoder(self.bundle.with_prompt(prompt), self.frames)
+
     def encode_text(
         self, texts: str | Iterable[str], batch_size: int | None = None
     ) -> Float32[np.ndarray, "m d"]:

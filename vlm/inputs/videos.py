@@ -220,7 +220,9 @@ def _with_video(path: epath.PathLike, use: Callable[[Any, Any], Any]) -> Any:
         if not where.exists():
             raise DataError(f"there is no video {name}: check the path")
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(where.open("rb")) if is_remote(path) else os.fspath(where)
+            # FFmpeg takes a name such as "12:30.mp4" for an address, unless it is absolute.
+            remote = is_remote(path)
+            file = stack.enter_context(where.open("rb")) if remote else os.path.abspath(where)
             container = av.open(file, options={"format_whitelist": _CONTAINERS})
             stack.enter_context(container)
             if not container.streams.video:

@@ -15,7 +15,7 @@ from vlm.models.dual_encoder import DualEncoder, unit_norm
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
-from vlm.sharding import batch_ways, by_rows, is_stacked, mesh_of
+from vlm.sharding import by_rows, is_stacked
 from vlm.training.custom_losses import check_losses, weighted_sum
 from vlm.training.partition import Params
 
@@ -34,10 +34,11 @@ def embeddings(
     tokens: Int[Array, "b n"] | tuple[Int[Array, "_ _"], ...],
     keys: Key[Array, " b"] | None,
     names: Collection[str] = (),
+    ways: int = 1,
 ) -> Embeddings:
     """Embed a batch; capture the activations `names`, such as "vision/blocks/output".
 
-    A tuple of tokens is from `TextBuckets`.
+    A tuple of tokens is from `TextBuckets`, whose rows are on `ways` devices.
 
     Raises:
         ConfigError: the towers have no such activation; the message lists those that they have.
@@ -48,7 +49,7 @@ def embeddings(
     image_keys, text_keys = split_keys(keys)
     z_image = model.encode_image(images, keys=image_keys, intermediates=found["vision"])
     if isinstance(tokens, tuple):
-        z_text = _of_buckets([model.encode_text(part) for part in tokens])
+        z_text = _of_buckets([model.encode_text(part) for part in tokens], ways)
     else:
         z_text = model.encode_text(tokens, keys=text_keys, intermediates=found["text"])
     known = {f"{tower}/{name}": x for tower, own in found.items() for name, x in own.found.items()}
@@ -72,24 +73,22 @@ def embeddings(
     return Embeddings(z_image, z_text, batch_first)
 
 
-def _of_buckets(parts: list[Shaped[Array, "_ d"]]) -> Shaped[Array, "b d"]:
+def _of_buckets(parts: list[Shaped[Array, "_ d"]], ways: int) -> Shaped[Array, "b d"]:
     """Join the rows of text buckets, which stay on their devices."""
-    mesh = mesh_of(parts[0])
-    ways = 1 if mesh is None else batch_ways(mesh)
     by_device = [part.reshape(ways, -1, part.shape[-1]) for part in parts]
     joined = jnp.concatenate(by_device, axis=1)
     return by_rows(joined.reshape(-1, joined.shape[-1]))
 
 
 def whole_tokens(
-    tokens: tuple[Int[Array, "_ _"], ...], length: int, pad_id: int
+    tokens: tuple[Int[Array, "_ _"], ...], ways: int, length: int, pad_id: int
 ) -> Int[Array, "b n"]:
     """Pad the tokens of `TextBuckets` to `length`, in the order of the batch."""
     parts = [
         jnp.pad(part, ((0, 0), (0, length - part.shape[1])), constant_values=pad_id)
         for part in tokens
     ]
-    return _of_buckets(parts)
+    return _of_buckets(parts, ways)
 
 
 HEADS = frozenset({"head", "distill"})  # parameters that are not part of the model

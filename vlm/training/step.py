@@ -30,7 +30,9 @@ from vlm.nn.naflex import Patches
 from vlm.nn.transformer import Execution
 from vlm.sharding import (
     batch_sharding,
+    batch_ways,
     global_batch,
+    maps_data,
     per_data_shard,
     placed,
     replicated,
@@ -210,8 +212,11 @@ class Trainer:
         if "rows" in batch:  # sorted by the lengths of the texts
             keys = keys[batch["rows"]]
 
+        ways = batch_ways(self.mesh)
+        ways_in_towers = 1 if maps_data(self.mesh) else ways
+
         def embed(params, batch, keys):
-            return self._embed(joined(*params), batch, keys, size)
+            return self._embed(joined(*params), batch, keys, size, ways_in_towers)
 
         def embed_in_parts(params, batch, keys):
             assert e.micro_batch_size is not None
@@ -227,15 +232,15 @@ class Trainer:
             of_loss, tokens = batch, batch["tokens"]
             if e.losses and isinstance(tokens, tuple):
                 length = e.model.text.context_length
-                of_loss = batch | {"tokens": whole_tokens(tokens, length, self.rules.pad_id)}
+                of_loss = batch | {"tokens": whole_tokens(tokens, ways, length, self.rules.pad_id)}
             return objective(e, self.mesh, params, of_loss, z, loss_key, scale)
 
         return jax.value_and_grad(loss, has_aux=True)(state.params)
 
     def _embed(
-        self, params: Params, batch: dict, keys: Key[Array, " b"] | None, size: int
+        self, params: Params, batch: dict, keys: Key[Array, " b"] | None, size: int, ways: int
     ) -> Embeddings:
-        """Embed pairs with the parameters of the model; without keys, nothing is dropped."""
+        """Embed pairs whose rows are on `ways` devices; without keys, nothing is dropped."""
         e = self.experiment
         images = self.preprocess.normalize(batch["images"])
         if size != e.model.vision.image_size:
@@ -250,7 +255,7 @@ class Trainer:
         elif e.text_masking:
             mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
             tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
-        return embeddings(self._model(params), images, tokens, keys, names)
+        return embeddings(self._model(params), images, tokens, keys, names, ways)
 
     def _select(
         self, state: TrainState, batch: dict, key: Key[Array, ""], size: int
@@ -261,7 +266,8 @@ class Trainer:
             return batch, {}
 
         def embed(part: dict) -> tuple[Array, Array]:
-            z = self._embed(joined(state.params, state.frozen), part, None, size)
+            params = joined(state.params, state.frozen)
+            z = self._embed(params, part, None, size, batch_ways(self.mesh))
             assert z.text is not None  # the objective is contrastive
             return z.image, z.text
 
