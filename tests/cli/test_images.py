@@ -12,6 +12,8 @@ from PIL import Image
 
 import vlm
 from vlm.cli import main
+from vlm.cli.commands import UsageError
+from vlm.cli.search import search
 
 BROKEN = ("empty.png", "half.png", "page.jpg", "gone.png")
 GOOD = ("a.png", "café 象 🦄.png", "one.gif", "thin.png", "z.png")
@@ -143,3 +145,12 @@ def test_names_that_a_terminal_cannot_show(run, tmp_path, monkeypatch, encoding)
     assert main(["index", "--model", run, str(tmp_path), str(tmp_path / "index")]) == 0
     assert main(["search", str(tmp_path / "index"), "red", "--json"]) == 0
     assert main(["embed", "--model", run, str(tmp_path), str(tmp_path / "z.safetensors")]) == 0
+
+
+def test_a_query_that_is_a_video_and_a_prompt_without_a_text_are_refused(photos, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"")
+    with pytest.raises(UsageError, match="is a video file: give a text or an image"):
+        search("index", str(clip))
+    with pytest.raises(UsageError, match="--prompt is put before text queries"):
+        search("index", str(photos / "a.png"), prompt="query")
