@@ -8,8 +8,22 @@ from vlm.config.bounds import check_heads
 from vlm.errors import ConfigError
 
 
+class _VideoTower(VisionTower):
+    """A tower of videos with a fixed number of frames, and images of one size."""
+
+    frames: int
+
+    @property
+    def video_frames(self) -> int:
+        return self.frames
+
+    @property
+    def one_size(self) -> str:
+        return "tower of videos"
+
+
 @dataclass(frozen=True)
-class VideoPrismConfig(VisionTower):
+class VideoPrismConfig(_VideoTower):
     """VideoPrism-LvT's vision tower (Zhao et al., 2024, arXiv:2402.13217).
 
     Args:
@@ -56,21 +70,13 @@ class VideoPrismConfig(VisionTower):
                 "as the pooling needs: choose heads that divide it"
             )
 
-    @property
-    def video_frames(self) -> int:
-        return self.frames
-
-    @property
-    def one_size(self) -> str:
-        return "tower of videos"
-
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
         """Number of tokens of a frame."""
         return ((image_size or self.image_size) // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
-class XCLIPConfig(VisionTower):
+class XCLIPConfig(_VideoTower):
     """X-CLIP's vision tower, with prompts of texts that depend on the video (arXiv:2208.02816).
 
     Args:
@@ -115,14 +121,6 @@ class XCLIPConfig(VisionTower):
     def check(self):
         check_heads(self)
         super().check()
-
-    @property
-    def video_frames(self) -> int:
-        return self.frames
-
-    @property
-    def one_size(self) -> str:
-        return "tower of videos"
 
     def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
         """Number of tokens of a frame: its patches, a class token and a message."""
