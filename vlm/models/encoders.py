@@ -16,7 +16,7 @@ from vlm.config import EncoderTextConfig
 from vlm.models.projection import projection, projection_flops
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture
-from vlm.nn.layers import dropout, gelu, gelu_tanh, linear, split_keys
+from vlm.nn.layers import RMSNorm, dropout, gelu, gelu_tanh, linear, split_keys
 from vlm.nn.pooling import max_pool, mean_pool
 from vlm.nn.positions import Rotation
 from vlm.nn.transformer import Execution, scan_layers, stack_blocks
@@ -32,11 +32,11 @@ class EncoderTower(nnx.Module):
         self.config, self.dtype = config, execution.dtype
         self.embedding = nnx.Param(table(rngs.params(), (c.vocab_size, c.width)))
         rotary = c.positions == "rotary"
-        self.embedding_norm = ScaleNorm(c, rngs=rngs) if rotary else None
+        self.embedding_norm = _norm(c, rngs) if rotary else None
         shape = (c.buckets, c.heads)
         self.distance = None if rotary else nnx.Param(table(rngs.params(), shape))
         self.transformer = Blocks(c, execution=execution, rngs=rngs)
-        self.norm = ScaleNorm(c, rngs=rngs)
+        self.norm = _norm(c, rngs)
         self.projection = projection(c, c.width, embed_dim, dtype=execution.dtype, rngs=rngs)
 
     @auto_axes
@@ -65,18 +65,17 @@ class EncoderTower(nnx.Module):
         return x if self.projection is None else self.projection(x)
 
 
-class ScaleNorm(nnx.Module):
-    """Norm over the last axis without a bias: LayerNorm, or root mean square for `relative`."""
-
-    def __init__(self, config: EncoderTextConfig, *, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.ones(config.width))
-        self.centred, self.eps = config.positions == "rotary", config.norm_eps
+class CentredNorm(RMSNorm):
+    """LayerNorm without a bias."""
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(jnp.float32)
-        wide = wide - wide.mean(-1, keepdims=True) if self.centred else wide
-        inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale[...]).astype(x.dtype)
+        return super().__call__(wide - wide.mean(-1, keepdims=True)).astype(x.dtype)
+
+
+def _norm(config: EncoderTextConfig, rngs: nnx.Rngs) -> RMSNorm:
+    kind = CentredNorm if config.positions == "rotary" else RMSNorm
+    return kind(config.width, config.norm_eps, rngs=rngs)
 
 
 class Blocks(nnx.Module):
@@ -125,14 +124,14 @@ class Block(nnx.Module):
         c, split, self.config = config, (config.heads, config.head_dim), config
         init = nnx.initializers.xavier_uniform()
         options = {"use_bias": False, "kernel_init": init, "dtype": dtype, "rngs": rngs}
-        self.attention_norm = ScaleNorm(c, rngs=rngs)
+        self.attention_norm = _norm(c, rngs)
         self.attention = nnx.Dict(
             query=nnx.LinearGeneral(c.width, split, **options),
             key=nnx.LinearGeneral(c.width, split, **options),
             value=nnx.LinearGeneral(c.width, split, **options),
             out=nnx.LinearGeneral(split, c.width, axis=(-2, -1), **options),
         )
-        self.mlp_norm = ScaleNorm(c, rngs=rngs)
+        self.mlp_norm = _norm(c, rngs)
         self.mlp = nnx.Dict(
             gate=nnx.Linear(c.width, c.mlp_dim, **options),
             up=nnx.Linear(c.width, c.mlp_dim, **options),
