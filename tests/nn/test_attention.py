@@ -15,10 +15,10 @@ from vlm.nn import tpu_attention
 from vlm.nn.attention import (
     Attention,
     _at_even_length,
-    _attend_by_head,
     _sharded_kernel,
     attend,
 )
+from vlm.nn.cpu_attention import attend_in_parts
 from vlm.nn.positions import grid_rotation
 from vlm.sharding import AXES, batch_sharding, make_mesh, mesh_of
 
@@ -65,11 +65,11 @@ def test_the_kernel_and_its_gradients(shape, causal, masked):
     *x, mask = arrays(*shape, masked=masked)
     assert tpu_attention.fits(x[0], x[1], mask)
     exact = with_gradients(
-        functools.partial(_attend_by_head, causal=causal),
+        functools.partial(attend_in_parts, causal=causal),
         *(a.astype(jnp.float32) for a in x),
         mask,
     )
-    rounded = with_gradients(functools.partial(_attend_by_head, causal=causal), *x, mask)
+    rounded = with_gradients(functools.partial(attend_in_parts, causal=causal), *x, mask)
     found = with_gradients(interpreted, *x, mask, causal=causal)
     for want, plain, got in zip(exact, rounded, found, strict=True):
         # As near as bfloat16 comes: no further from the exact than the written-out form, by much.
@@ -105,7 +105,7 @@ def test_heads_that_straddle_registers_are_padded_where_vmem_is_too_small():
 def test_long_sequences_by_flash_attention(d, causal, masked):
     *x, mask = arrays(1, 1030, 2, d, masked=masked)
     assert tpu_attention.fits(x[0], x[1], mask)
-    plain = functools.partial(_attend_by_head, causal=causal)
+    plain = functools.partial(attend_in_parts, causal=causal)
     exact = with_gradients(plain, *(a.astype(jnp.float32) for a in x), mask)
     rounded = with_gradients(plain, *x, mask)
     with pltpu.force_tpu_interpret_mode():
@@ -191,7 +191,7 @@ def test_a_mesh_is_read_off_the_types_of_arrays():
 def test_on_this_machine_the_form_of_a_cpu_runs_whatever_else_was_traced():
     mesh = make_mesh(MeshConfig())
     query, key, value, _, mask = arrays(8, 16, 2, 64, masked=True)
-    whole = _attend_by_head(query, key, value, mask, causal=False)
+    whole = attend_in_parts(query, key, value, mask, causal=False)
     placed = jax.device_put((query, key, value, mask), batch_sharding(mesh))
     np.testing.assert_allclose(
         np.asarray(jax.jit(attend)(*placed), np.float32), np.asarray(whole, np.float32), atol=1e-2
@@ -206,7 +206,7 @@ def test_an_odd_length_padded_for_cudnn(causal):
     def padded(query, key, value, mask):
         return _at_even_length(dense, query, key, value, implementation="xla")
 
-    plain = with_gradients(functools.partial(_attend_by_head, causal=causal), *x, None)
+    plain = with_gradients(functools.partial(attend_in_parts, causal=causal), *x, None)
     for a, b in zip(with_gradients(padded, *x, None), plain, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -227,3 +227,27 @@ def test_a_keys_bias_has_no_gradient_but_where_keys_turn():
     plain, turned = largest(None), largest(grid_rotation(2, 8, first=0, before=0))
     assert plain["key"] == 0
     assert min(plain["query"], plain["value"], *turned.values()) > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 6, 8), (1, 1100, 2, 8)])  # groups of heads; queries
+@pytest.mark.parametrize("masked", ["none", "keys", "queries", "causal"])
+def test_attention_in_parts_is_attention(shape, masked):
+    b, n, _, d = shape
+    *x, keys = arrays(*shape, masked=True, dtype=jnp.float32)
+    mask = {"keys": keys, "queries": keys | jnp.eye(n, dtype=bool)}.get(masked)
+    attention = functools.partial(attend_in_parts, causal=masked == "causal")
+    found = with_gradients(attention, *x, mask)
+    visible = np.ones((b, 1, n, n), bool) if mask is None else np.broadcast_to(mask, (b, 1, n, n))
+    visible = np.tril(visible) if masked == "causal" else visible
+    query, key, value = (np.asarray(a, np.float64).transpose(0, 2, 1, 3) for a in x[:3])
+    logits = np.where(visible, query @ key.swapaxes(2, 3) * d**-0.5, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    want = (weights / weights.sum(-1, keepdims=True) @ value).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(found[0], want, atol=2e-6)
+
+    def library(query, key, value, mask):
+        causal = masked == "causal"
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+
+    for got, plain in zip(found, with_gradients(library, *x, mask), strict=True):
+        np.testing.assert_allclose(got, plain, atol=1e-5)

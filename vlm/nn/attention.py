@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
 from vlm.nn.auto_axes import auto_axes
-from vlm.nn.intermediates import Intermediates, capture
+from vlm.nn.cpu_attention import attend_in_parts
+from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import LayerNorm, linear
 from vlm.nn.positions import Rotation, rotate
 from vlm.nn.remat import ATTENDED, PROJECTED
@@ -38,7 +39,7 @@ def attend(
     """
     dense = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
     implementations = {
-        "cpu": functools.partial(_attend_by_head, causal=causal),
+        "cpu": functools.partial(attend_in_parts, causal=causal),
         "default": lambda query, key, value, mask: dense(query, key, value, mask=mask),
     }
     mesh = mesh_of(query)
@@ -102,32 +103,6 @@ def _cudnn_takes(query: Array) -> bool:
     return re.fullmatch(r"\d+\.\d+", generation) is not None and float(generation) >= 8
 
 
-def _attend_by_head(
-    query,
-    key,
-    value,
-    mask,
-    *,
-    causal,
-    softcap: float | None = None,
-    intermediates: Intermediates | None = None,
-):
-    """Attention with a leading head axis, for which XLA's CPU products are fastest."""
-    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # (b, h, n, d)
-    logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    logits = logits * (query.shape[-1] ** -0.5)
-    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-    if causal:
-        visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-        mask = visible if mask is None else mask & visible
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = capture(intermediates, "attention", jax.nn.softmax(logits, axis=-1)).astype(
-        value.dtype
-    )
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, value).transpose(0, 2, 1, 3)
-
-
 def attend_captured(
     query: Float[Array, "b q h d"],
     key: Float[Array, "b k h d"],
@@ -145,7 +120,7 @@ def attend_captured(
     if intermediates is None and softcap is None:
         return attend(query, key, value, mask, causal=causal)
     options: dict = {"causal": causal, "softcap": softcap, "intermediates": intermediates}
-    return _attend_by_head(query, key, value, mask, **options)
+    return attend_in_parts(query, key, value, mask, **options)
 
 
 class Attention(nnx.Module):
