@@ -32,7 +32,7 @@ class Tokenizer:
     """Tokenizer that encodes texts as rows of token ids of one fixed length.
 
     A row is `[bos] text [eos]`, truncated to `context_length` and padded. With `keep_eos` a
-    truncated row still ends with eos.
+    truncated row still ends with eos. Without `copy`, the settings of `vocabulary` are changed.
 
     Raises:
         ConfigError: the rules name a token that is not in the vocabulary.
@@ -45,22 +45,17 @@ class Tokenizer:
         ['a red square', 'a blue stripe']
     """
 
-    def __init__(self, vocabulary: tokenizers.Tokenizer, config: TokenizerConfig):
+    def __init__(
+        self, vocabulary: tokenizers.Tokenizer, config: TokenizerConfig, *, copy: bool = True
+    ):
         specials = [i for i in (config.bos_id, config.eos_id) if i is not None]
         if config.context_length <= len(specials):
             raise ConfigError(
                 f"context_length {config.context_length} leaves no position for text after "
                 f"{len(specials)} special tokens: make it larger"
             )
-        # Copied: truncation, padding and specials are done here; the caller's object stays as is.
-        try:
-            with library_errors():
-                self._vocabulary = tokenizers.Tokenizer.from_str(vocabulary.to_str())
-        except ValueError as error:
-            raise ConfigError(
-                f"this vocabulary is inconsistent ({error}): give the one that the model was "
-                "trained with"
-            ) from None
+        # Truncation, padding and specials are done here; the caller's object stays as it is.
+        self._vocabulary = _copied(vocabulary) if copy else vocabulary
         self._vocabulary.no_truncation()
         self._vocabulary.no_padding()
         self._vocabulary.encode_special_tokens = not config.parse_special
@@ -73,7 +68,7 @@ class Tokenizer:
                     f"{self.vocab_size} tokens does not have: give the id of one of its tokens"
                 )
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """Number of rows of an embedding table for this vocabulary."""
         return max(self._vocabulary.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -81,7 +76,7 @@ class Tokenizer:
     @property
     def vocabulary(self) -> tokenizers.Tokenizer:
         """Copy of the vocabulary, without the rules."""
-        return tokenizers.Tokenizer.from_str(self._vocabulary.to_str())
+        return _copied(self._vocabulary)
 
     def __call__(
         self, texts: str | Sequence[str], prompt: str | None = None
@@ -191,7 +186,7 @@ class Tokenizer:
         Raises:
             DataError: the file is missing or is not a `tokenizer.json`.
         """
-        return cls(read_vocabulary(path), config)
+        return cls(read_vocabulary(path), config, copy=False)
 
     def with_rules(self, config: TokenizerConfig) -> "Tokenizer":
         """Return a tokenizer with the same vocabulary and other rules."""
@@ -258,6 +253,17 @@ def read_vocabulary(path: epath.PathLike) -> tokenizers.Tokenizer:
         return parse_vocabulary(text)
     except ValueError as error:
         raise DataError(f"{as_path(path)} is not a tokenizer.json: {str(error)[:200]}") from None
+
+
+def _copied(vocabulary: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    try:
+        with library_errors():
+            return tokenizers.Tokenizer.from_str(vocabulary.to_str())
+    except ValueError as error:
+        raise ConfigError(
+            f"this vocabulary is inconsistent ({error}): give the one that the model was trained "
+            "with"
+        ) from None
 
 
 def train_bpe(

@@ -17,13 +17,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu.flash_attention import (
-    BlockSizes,
-    SegmentIds,
-    flash_attention,
-)
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, BFloat16, Bool
 
@@ -195,6 +188,10 @@ def _run(form: _Form, one_head, results: int, products: int, arrays, keep):
 
         lax.fori_loop(0, examples, one_example, 0)
 
+    # Imported where a TPU's program is made: it takes longer than the rest of this package's `nn`.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     flat = list(arrays)
     block = pl.BlockSpec((examples, n, lanes), lambda i, j: (i, 0, j))
     blocks = [block] * len(flat)
@@ -239,8 +236,12 @@ def _unit(heads: int, d: int, n: int, vmem: int) -> int:
 
 def _flash(query, key, value, mask, *, heads: int, causal: bool) -> jax.Array:
     """FlashAttention of arrays (b, n, w), padded to whole blocks; nobody attends to the padding."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
     b, n, width = query.shape
     extra = -n % FLASH_BLOCK
+    fields = (field.name for field in dataclasses.fields(flash.BlockSizes))
+    blocks = dict.fromkeys(fields, FLASH_BLOCK) | {"block_b": 1}
 
     def by_head(x):
         x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
@@ -248,14 +249,11 @@ def _flash(query, key, value, mask, *, heads: int, causal: bool) -> jax.Array:
 
     keep = jnp.ones((b, n), bool) if mask is None else mask[:, 0, 0]
     keep = jnp.pad(keep, ((0, 0), (0, extra))).astype(jnp.int32)
-    out = flash_attention(
+    out = flash.flash_attention(
         *map(by_head, (query, key, value)),
-        segment_ids=SegmentIds(jnp.ones_like(keep), keep),
+        segment_ids=flash.SegmentIds(jnp.ones_like(keep), keep),
         causal=causal,
         sm_scale=(width // heads) ** -0.5,
-        block_sizes=BlockSizes(block_b=1, **dict.fromkeys(_BLOCKS, FLASH_BLOCK)),
+        block_sizes=flash.BlockSizes(**blocks),
     )
     return out.transpose(0, 2, 1, 3).reshape(b, n + extra, width)[:, :n]
-
-
-_BLOCKS = tuple(field.name for field in dataclasses.fields(BlockSizes) if field.name != "block_b")
