@@ -1,5 +1,6 @@
 """Folders with broken pictures in them: each is named, the others are worked on, the end fails."""
 
+import dataclasses
 import io
 import json
 import os
@@ -154,3 +155,24 @@ def test_a_query_that_is_a_video_and_a_prompt_without_a_text_are_refused(photos,
         search("index", str(clip))
     with pytest.raises(UsageError, match="--prompt is put before text queries"):
         search("index", str(photos / "a.png"), prompt="query")
+
+
+def test_classify_and_eval_put_the_prompt_before_texts(run, photos, tmp_path, capsys):
+    model = vlm.load(run)
+    prompts = {"query": "a blue stripe "}
+    rules = dataclasses.replace(model.tokenizer.config, prompts=prompts)
+    model.tokenizer = model.tokenizer.with_rules(rules)
+    model.save(tmp_path / "model")
+    ask = ["classify", str(photos / "a.png"), "--labels", "red,blue", "--json", "--templates", "{}"]
+    assert main([*ask, "--model", str(tmp_path / "model"), "--prompt", "query"]) == 0
+    shown = json.loads(capsys.readouterr().out)["labels"]
+    labels = ["a blue stripe red", "a blue stripe blue"]
+    scores = dict(vlm.ZeroShotClassifier(model, labels, ["{}"])(photos / "a.png").top(2)[0])
+    for pair in shown:
+        score = scores[f"a blue stripe {pair['label']}"]
+        assert pair["score"] == pytest.approx(score, abs=1e-5)
+    assert main([*ask, "--model", str(tmp_path / "model"), "--prompt", "passage"]) == 1
+    assert "prompt 'passage' is unknown: it has 'query'" in capsys.readouterr().err
+    data = ["--data.source", str(photos), "--tasks", "zero-shot", "--data.label", "label"]
+    assert main(["eval", str(tmp_path / "model"), *data, "--prompt", "passage"]) == 1
+    assert "prompt 'passage' is unknown" in capsys.readouterr().err

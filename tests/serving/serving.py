@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import threading
@@ -45,6 +46,8 @@ CONFIG = ModelConfig(
 def small_bundle(seed=0, name="small"):
     captions = [f"a {colour} {shape}" for colour in COLOURS for shape in ("square", "stripe")]
     tokenizer = train_bpe(captions, 300, CONFIG.text.context_length)
+    prompts = {"query": "a red square: ", "passage": ""}
+    tokenizer = tokenizer.with_rules(dataclasses.replace(tokenizer.config, prompts=prompts))
     model = DualEncoder(CONFIG, rngs=nnx.Rngs(seed))
     return Bundle(model, Preprocess(PreprocessConfig(image_size=16)), tokenizer, name)
 

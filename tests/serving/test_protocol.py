@@ -57,6 +57,18 @@ def test_base64_and_usage_follow_the_openai_api(server, bundle):
     assert (reply.json["object"], reply.json["model"]) == ("list", "small")
 
 
+def test_a_prompt_is_put_before_texts(server, bundle):
+    text = "a green stripe"
+    reply = server.ask("/v1/embeddings", {"input": text, "prompt": "query"}).json
+    found = np.array(reply["data"][0]["embedding"])
+    assert np.allclose(found, bundle.encode_text(text, prompt="query")[0], atol=1e-5)
+    assert not np.allclose(found, bundle.encode_text(text)[0], atol=1e-3)
+    assert reply["usage"]["prompt_tokens"] == bundle.tokenizer.lengths(text, "query")[0]
+    hits = server.ask("/v1/search", {"query": text, "prompt": "query", "k": 1}).json["data"]
+    plain = server.ask("/v1/search", {"query": text, "k": 1}).json["data"]
+    assert hits[0]["score"] != plain[0]["score"]
+
+
 def test_an_error_belongs_to_its_item(server):
     good = data_url(encoded(drawn(3)))
     truncated = data_url(encoded(drawn(3))[:-40])
@@ -83,6 +95,7 @@ def test_an_error_belongs_to_its_item(server):
         ({}, 422, "invalid_field"),
         ({"input": "a", "model": "gpt-4"}, 404, "model_not_found"),
         ({"input": "a", "dimensions": 4}, 400, "invalid_dimensions"),
+        ({"input": "a", "prompt": "document"}, 400, "invalid_prompt"),
         ({"input": "a", "encoding_format": "int8"}, 422, "invalid_field"),
         ({"input": "\ud800"}, 422, "invalid_field"),
         ({"input": ["a"] * 300}, 413, "too_many_items"),

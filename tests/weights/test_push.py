@@ -151,6 +151,11 @@ def test_a_dry_run_writes_the_folder(connected, model, tmp_path):
     assert model.push_to_hub("me/dry", licence="mit", dry_run=out) == str(out)
     assert hub_client.digest(load(out)) == hub_client.digest(model)
     assert "me/dry" not in connected.repositories
+    small = tmp_path / "small"
+    model.push_to_hub("me/dry", licence="mit", dry_run=small, quantize="int8")
+    assert "int8" in (small / "bundle.json").read_text()
+    with pytest.raises(ConfigError, match="quantize"):
+        model.push_to_hub("me/dry", "open_clip", licence="mit", dry_run=small, quantize="int8")
     message = fails(model, "me/dry", licence="mit", dry_run=out)
     assert message == f"{out} exists already: give the path of a new folder"
 

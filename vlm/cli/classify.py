@@ -26,6 +26,7 @@ def classify(
     other_label: str | None = None,
     multi_label: bool = False,
     threshold: float = 0.0,
+    prompt: str | None = None,
     classifier: Annotated[str | None, arg(metavar="FILE")] = None,
     class_names: options.ClassNames = None,
     json: bool = False,
@@ -48,6 +49,7 @@ def classify(
             these".
         multi_label: score labels independently; an image may have several.
         threshold: the lowest score to show.
+        prompt: name of the model's prompt to put before all texts. Default: the model's own.
         classifier: a saved classifier, in place of labels. Default: the classifier of the run, if
             it was trained with objective classification.
         json: print one JSON object for each image.
@@ -55,7 +57,7 @@ def classify(
     model, images = leading_model("vlm classify", model, images)
     if labels is None and labels_file is None and classifier is None:
         classifier = classifier_of(model_name(model))
-    own = labels, labels_file, templates, other_label, multi_label, class_names
+    own = labels, labels_file, templates, other_label, multi_label, class_names, prompt is not None
     if classifier is not None and any(own):
         raise UsageError(
             "a saved classifier has its own labels and prompts: leave out --labels and the like"
@@ -74,6 +76,8 @@ def classify(
 
     note = ""
     paths, bundle = find_inputs(images, model, video)
+    if prompt is not None:
+        bundle = bundle.with_prompt(prompt)
     if classifier is not None:
         classify_images = load_classifier(classifier, bundle)
     else:

@@ -62,6 +62,7 @@ class Options:
         decode: Conversion of image files to RGB. intended: upright by EXIF orientation, transparent
             pixels on a background; reference: Pillow's Image.open(file).convert("RGB"), as for
             published figures. Default: that of the model, else intended.
+        prompt: Name of the model's prompt to put before all texts. Default: the model's own.
         json: Print JSON on stdout in place of a table.
         out: Write results to this .json file or folder. A folder gets a page, and for each task a
             file in CLIP_benchmark's format and a Parquet file of all queries. Finished tasks in it
@@ -71,6 +72,7 @@ class Options:
     data: DataConfig
     tasks: tuple[str, ...] = ()
     decode: Literal["intended", "reference"] | None = None
+    prompt: str | None = None
     json: bool = False
     out: str | None = None
 
@@ -136,7 +138,6 @@ def evaluate(model: str, options: Options) -> None:
     import jax
     from rich.console import Console
 
-    from vlm.bundle import load
     from vlm.cluster import processes
     from vlm.evaluation.distributed import distributed
     from vlm.evaluation.runner import evaluate as run_tasks
@@ -144,7 +145,7 @@ def evaluate(model: str, options: Options) -> None:
     processes.start()
     with processes.stop_all_on_failure():
         if set(options.tasks) <= set(OWN):
-            bundle = load(model, decode=options.decode)
+            bundle = _load(model, options)
             task_list = tasks(options, trained_head(model, bundle, options), bundle)
             report = run_tasks(distributed(bundle), task_list)
             if jax.process_index() == 0:
@@ -171,11 +172,18 @@ def _write(out: str | None, report: Any) -> None:
         _finish(out, report)
 
 
+def _load(model: str, options: Options) -> Any:
+    """Load the model with the options for its inputs."""
+    from vlm.bundle import load
+
+    bundle = load(model, decode=options.decode)
+    return bundle if options.prompt is None else bundle.with_prompt(options.prompt)
+
+
 def _run_named(model: str, options: Options) -> Any:
     """Evaluate tasks and suites by name; results of finished tasks are read from the folder."""
     import jax
 
-    from vlm.bundle import load
     from vlm.cli.terminal import print_status
     from vlm.cluster.processes import broadcast_text, exchange_texts
     from vlm.errors import ConfigError, DataError
@@ -191,7 +199,7 @@ def _run_named(model: str, options: Options) -> Any:
         raise UsageError(str(error)) from None
     first = jax.process_index() == 0
     folder = options.out if options.out and not options.out.endswith(".json") else None
-    bundle, results = load(model, decode=options.decode), []
+    bundle, results = _load(model, options), []
     facts = model_facts(bundle)
     data = options.data
     for name in names:

@@ -22,6 +22,7 @@ def push(
     commit_message: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16", "stored"] = "float32",
     dry_run: str | None = None,
+    quantize: Literal["int8", "float8"] | None = None,
 ) -> None:
     """Upload a model to the Hugging Face Hub, with a model card, as one commit.
 
@@ -46,6 +47,7 @@ def push(
         commit_message: first line of the commit. None: "Upload with vlm".
         dtype: type of the weights; stored: that of MODEL's file.
         dry_run: write all files to this new folder, and upload nothing.
+        quantize: eight bits for large parameters of a vlm bundle, with a scale for each channel.
     """
     if dry_run is not None:
         options.new_folder(dry_run)
@@ -65,5 +67,6 @@ def push(
         revision=revision,
         commit_message=commit_message,
         dry_run=dry_run,
+        quantize=quantize,
     )
     print_status(f"{model} is at {address}" if dry_run is None else f"the files are in {address}")

@@ -198,8 +198,13 @@ class Batched:
             self.decoders.submit(since, prepare)
         return future
 
-    def texts(self, texts: Sequence[str], *, first: bool = False) -> list[Future]:
-        """Return the future embeddings of texts; `first` puts them ahead of the queue."""
+    def texts(
+        self, texts: Sequence[str], prompt: str | None = None, *, first: bool = False
+    ) -> list[Future]:
+        """Return the future embeddings of texts; `first` puts them ahead of the queue.
+
+        `prompt` names one of the model's prompts, as in `Bundle.encode_text`.
+        """
         check_tower(self.bundle.model, "text", self.bundle.name)
         futures = [Future() for _ in texts]
         seconds = self.seconds_per_item("text")
@@ -207,7 +212,7 @@ class Batched:
 
         def prepare() -> None:
             try:
-                tokens = self.tokenizer(list(texts))
+                tokens = self.tokenizer(list(texts), prompt)
                 for row, future, at in zip(tokens, futures, since, strict=True):
                     needed = shortened(row[None], self.config.text, step=1).shape[1]
                     length = next(length for length in self._lengths if length >= needed)

@@ -27,6 +27,7 @@ def routes(service: Service) -> APIRouter:
         An item that fails is an error object in the list. The request fails only if all items fail.
         """
         service.check_model(body.model)
+        service.check_prompt(body.prompt)
         if body.dimensions not in (None, service.model.embed_dim):
             raise RequestError(
                 f"the embeddings of {service.name} have {service.model.embed_dim} dimensions: "
@@ -44,7 +45,7 @@ def routes(service: Service) -> APIRouter:
         images = {f"item {i}": image for i, (_, image) in given.items()}
         downloads = await service.download(images)
         results = await service.admit(
-            len(items), lambda: outcomes(service.submit(parts, downloads))
+            len(items), lambda: outcomes(service.submit(parts, downloads, body.prompt))
         )
         data = service.answers(
             results,
@@ -60,7 +61,7 @@ def routes(service: Service) -> APIRouter:
             if text is not None and not isinstance(results[i], Exception)
         ]
         longest = service.model.tokenizer.config.context_length
-        lengths = await run_in_threadpool(service.model.tokenizer.lengths, texts)
+        lengths = await run_in_threadpool(service.model.tokenizer.lengths, texts, body.prompt)
         tokens = sum(min(length, longest) for length in lengths)
         usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
         return EmbeddingsAnswer(model=service.name, data=data, usage=usage)

@@ -60,6 +60,12 @@ class Item(_Request):
 Input = Annotated[Text, Field(description="A text, or an image as a data URL.")] | Item
 
 
+PROMPT = Field(
+    default=None,
+    description='Name of the prompt of the model to put before texts; "" for none. Default: the '
+    "model's default prompt, if it has one.",
+)
+
 # -------------------------------------------------------------------------------- embeddings
 
 
@@ -69,6 +75,7 @@ class EmbeddingsRequest(_ModelRequest):
     dimensions: int | None = Field(
         default=None, ge=1, description="Optional; must be the model's embedding dimension."
     )
+    prompt: Text | None = PROMPT
     user: Text | None = None
 
 
@@ -177,6 +184,7 @@ class SearchRequest(_ModelRequest):
     min_score: float | None = Field(
         default=None, ge=-10, le=10, description="Minimum cosine similarity."
     )
+    prompt: Text | None = PROMPT
 
 
 class Found(_Response):

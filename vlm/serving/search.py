@@ -29,6 +29,7 @@ def routes(service: Service) -> APIRouter:
         """Return the nearest items to a text, an image, an item, or a weighted sum of them."""
         gallery = _gallery(service)
         service.check_model(body.model)
+        service.check_prompt(body.prompt)
         start = time.perf_counter()
         terms = [Term(text=body.query)] if isinstance(body.query, str) else body.query
         service.check_count(len(terms), "terms", "query")
@@ -39,7 +40,7 @@ def routes(service: Service) -> APIRouter:
         excluded = {gallery.id(t.item) for t in terms if t.item is not None and t.weight > 0}
 
         async def work() -> list[Found]:
-            query = await _query(service, gallery, terms, downloads)
+            query = await _query(service, gallery, terms, downloads, body.prompt)
             conditions = [Condition(c.column, c.comparison, c.value) for c in body.where]
             most = body.k + len(excluded)
             hits = await asyncio.wrap_future(
@@ -112,7 +113,11 @@ def _named(terms: list[Term]) -> dict[str, Term]:
 
 
 async def _query(
-    service: Service, gallery: Gallery, terms: list[Term], downloads: Downloads
+    service: Service,
+    gallery: Gallery,
+    terms: list[Term],
+    downloads: Downloads,
+    prompt: str | None,
 ) -> Query:
     """Combine the terms into one query of embeddings.
 
@@ -139,7 +144,7 @@ async def _query(
         else:
             service.check_towers("text")
             text = service.checked_text(term.text, name, param)
-            pending.append((name, param, term.weight, service.model.texts([text])[0]))
+            pending.append((name, param, term.weight, service.model.texts([text], prompt)[0]))
     rows = await outcomes([answer for *_, answer in pending])
     for (name, param, weight, _), row in zip(pending, rows, strict=True):
         if isinstance(row, Exception):

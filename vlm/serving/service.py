@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlm.config import absence
-from vlm.errors import DataError, VlmError
+from vlm.errors import ConfigError, DataError, VlmError
 from vlm.inputs.decoding_limits import TooLargeError
 from vlm.serving.batched import Batched
 from vlm.serving.gallery import Gallery
@@ -60,6 +60,13 @@ class Service:
                 "model_not_found",
                 param="model",
             )
+
+    def check_prompt(self, name: str | None) -> None:
+        """Raise a RequestError if the model has no prompt of this name."""
+        try:
+            self.model.tokenizer.config.prompt(name)
+        except ConfigError as error:
+            raise RequestError(str(error), 400, "invalid_prompt", param="prompt") from None
 
     def check_count(self, count: int, noun: str, param: str) -> None:
         """Raise a RequestError if a request has too many items."""
@@ -122,9 +129,15 @@ class Service:
         return await self.fetcher.fetch_all(urls) if urls and self.limits.urls else {}
 
     def submit(
-        self, items: Sequence[tuple[str | None, str | None] | RequestError], downloads: Downloads
+        self,
+        items: Sequence[tuple[str | None, str | None] | RequestError],
+        downloads: Downloads,
+        prompt: str | None = None,
     ) -> list[Future | RequestError]:
-        """Submit texts and images, and return the future embedding of each, or its error."""
+        """Submit texts and images, and return the future embedding of each, or its error.
+
+        `prompt` names one of the model's prompts for the texts.
+        """
         answers: list[Any] = [None] * len(items)
         texts: dict[int, str] = {}
         for i, item in enumerate(items):
@@ -141,7 +154,7 @@ class Service:
             except RequestError as error:
                 answers[i] = error
         if texts:
-            futures = self.model.texts(list(texts.values()))
+            futures = self.model.texts(list(texts.values()), prompt)
             for i, answer in zip(texts, futures, strict=True):
                 answers[i] = answer
         return answers

@@ -16,8 +16,9 @@ from etils import epath
 from vlm.errors import CheckpointError, ConfigError, check_choice, first_line
 from vlm.paths import as_path
 from vlm.weights import hub, pins
-from vlm.weights.bundle_format import BUNDLE_FILE
+from vlm.weights.bundle_format import BUNDLE_FILE, check_quantize
 from vlm.weights.card_facts import CARD_FILE
+from vlm.weights.eight_bits import EightBits
 from vlm.weights.model_card import (
     LIBRARIES,
     SupportsJson,
@@ -58,6 +59,7 @@ def push_to_hub(
     commit_message: str | None = None,
     token: str | None = None,
     dry_run: epath.PathLike | None = None,
+    quantize: EightBits | None = None,
 ) -> str:
     """Upload the model to the Hugging Face Hub with a model card, as one commit.
 
@@ -78,6 +80,7 @@ def push_to_hub(
         commit_message: first line of the commit. None: "Upload with vlm".
         token: None: `HF_TOKEN`, or that of `hf auth login`.
         dry_run: write all files to this new folder, and upload nothing.
+        quantize: eight bits for large parameters, "int8" or "float8", as in `Bundle.save`.
 
     Returns:
         The address of the commit, or the folder of a dry run.
@@ -85,7 +88,7 @@ def push_to_hub(
     Raises:
         CheckpointError: the licence is unknown, the format does not support the model, the
             repository has another format, there is no token, access or network.
-        ConfigError: an invalid name of a repository or a format.
+        ConfigError: an invalid name of a repository or a format, or `quantize` for another format.
 
     Example:
         >>> model.push_to_hub("me/shapes", licence="apache-2.0", dry_run=folder / "upload")
@@ -93,6 +96,7 @@ def push_to_hub(
         ['README.md', 'bundle.json', 'model.safetensors', 'tokenizer.json']
     """
     check_choice("format", format, LIBRARIES)
+    check_quantize(quantize, format)
     for name in (repo, *filter(None, [base_model]), *datasets):
         _check_name(name)
     if jax.process_count() > 1:
@@ -116,7 +120,7 @@ def push_to_hub(
         folder = as_path(dry_run)
         if folder.exists():
             raise CheckpointError(f"{dry_run} exists already: give the path of a new folder")
-        self.save(folder, format)
+        self.save(folder, format, quantize=quantize)
         (folder / CARD_FILE).write_text(card)
         return str(dry_run)
     with _one_sentence(repo, token):
@@ -125,7 +129,7 @@ def push_to_hub(
             card = _merged(repo, branch, token, card)
     with tempfile.TemporaryDirectory(prefix="vlm-push-") as made:
         folder = epath.Path(made) / "model"
-        self.save(folder, format)
+        self.save(folder, format, quantize=quantize)
         (folder / CARD_FILE).write_text(card)
         with _one_sentence(repo, token):
             address = _upload(
