@@ -14,6 +14,7 @@ from PIL import Image
 import vlm
 from vlm.cli import main
 from vlm.cli.commands import UsageError
+from vlm.cli.index import frames_of
 from vlm.cli.search import search
 
 BROKEN = ("empty.png", "half.png", "page.jpg", "gone.png")
@@ -148,11 +149,35 @@ def test_names_that_a_terminal_cannot_show(run, tmp_path, monkeypatch, encoding)
     assert main(["embed", "--model", run, str(tmp_path), str(tmp_path / "z.safetensors")]) == 0
 
 
-def test_a_query_that_is_a_video_and_a_prompt_without_a_text_are_refused(photos, tmp_path):
-    clip = tmp_path / "clip.mp4"
-    clip.write_bytes(b"")
-    with pytest.raises(UsageError, match="is a video file: give a text or an image"):
-        search("index", str(clip))
+def test_a_video_is_searched_by_a_video(run, tmp_path, capsys):
+    av = pytest.importorskip("av")
+    colours = {"red": (200, 0, 0), "blue": (0, 0, 200)}
+    for name, colour in colours.items():
+        (tmp_path / "clips").mkdir(exist_ok=True)
+        with av.open(str(tmp_path / "clips" / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width = stream.height = 32
+            stream.pix_fmt = "yuv420p"
+            for _ in range(4):
+                frame = np.full((32, 32, 3), colour, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+    clips, index = str(tmp_path / "clips"), str(tmp_path / "index")
+    assert main(["index", clips, index, "--video", "3", "--model", run]) == 0
+    assert frames_of(tmp_path / "index") == 3
+    red = str(tmp_path / "clips" / "red.mp4")
+    capsys.readouterr()
+    assert main(["search", index, red, "--json"]) == 0
+    hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert hits[0]["id"] == red
+    assert hits[0]["score"] == pytest.approx(1, abs=1e-5)
+    z = vlm.load(run).encode_video([tmp_path / "clips" / f"{c}.mp4" for c in colours], frames=3)
+    assert hits[1]["score"] == pytest.approx(float(z[0] @ z[1]), abs=1e-5)
+    assert main(["search", index, red, "--json", "--minus", red, "--weight", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["id"] == red
+
+
+def test_a_prompt_without_a_text_is_refused(photos):
     with pytest.raises(UsageError, match="--prompt is put before text queries"):
         search("index", str(photos / "a.png"), prompt="query")
 

@@ -39,12 +39,12 @@ def classify(
     Examples:
       vlm classify photo.jpg --labels "dog,cat,pizza"
       vlm classify photos/ --labels-file names.txt --top 1 --json
-      vlm classify photos/ --labels "dog,cat" --other-label "a photo." --threshold 0.5
+      vlm classify photos/ --labels "dog,cat" --other-label "a photo."
       vlm classify photos/ --model ViT-L-14 --classifier prompt.safetensors
       vlm classify clips/ --video 8 --labels "dog,cat"
 
     Args:
-        top: how many labels to show for each image.
+        top: how many labels to show of each.
         other_label: a prompt for images that show none of the labels; adds the label "none of
             these".
         multi_label: score labels independently; an image may have several.

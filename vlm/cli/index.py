@@ -180,9 +180,20 @@ def _save(index: Any, folder: Path, replaces: bool) -> None:
             "encodes what that index lacks"
         ) from None
     about = {"model": source_of(index.model.source)}
+    if (frames := getattr(index.model, "frames", None)) is not None:  # of a VideoEncoder
+        about["video_frames"] = frames
     partial = folder / f"{MODEL_FILE}.{os.getpid()}"
     partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
     partial.replace(folder / MODEL_FILE)
+
+
+def frames_of(folder: Path) -> int | None:
+    """Return the frames of each video in an index of videos; None for one of images."""
+    try:
+        frames = parse((folder / MODEL_FILE).read_text(encoding="utf-8")).get("video_frames")
+    except (OSError, ValueError):
+        return None
+    return frames if isinstance(frames, int) else None
 
 
 def is_index(folder: Path) -> bool:

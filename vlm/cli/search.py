@@ -1,18 +1,19 @@
 """`vlm search`: search images by a text or by another image."""
 
 import contextlib
+import functools
 import hashlib
 import json as jsonlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from vlm.cli import options, runtime
-from vlm.cli.index import is_index, model_of, update_index
+from vlm.cli.index import frames_of, is_index, model_of, update_index
 from vlm.cli.model import load_model
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, ConflictError, DataError
@@ -40,7 +41,7 @@ def search(
     prompt: str | None = None,
     root: options.Root = (),
 ) -> None:
-    """Find the images that are most similar to a text or to another image.
+    """Find the images that are most similar to a text, an image or a video.
 
     The first search of a folder encodes its images and keeps an index in the cache folder. Later
     searches encode only new and changed files. An INDEX is the output of `vlm index`, which records
@@ -55,7 +56,7 @@ def search(
 
     Args:
         index: a folder of images, or an index.
-        query: a text, or the path of an image.
+        query: a text, or the path of an image or a video.
         k: how many images to show.
         model: for a folder of images: a run folder, a bundle, a Hub id, or a name of `vlm models`.
             Default: the variable VLM_MODEL, else EVA02-B-16. For an index: its model, if it moved.
@@ -87,11 +88,9 @@ def search(
         from vlm.heads.filters import Condition, where_all
 
         limits["where"] = where_all([Condition(*condition) for condition in conditions])
-    if prompt is not None and (
-        like or not any(isinstance(_query(q), str) for q in (query, *plus, *minus))
-    ):
+    asked = () if like else tuple(map(_query, (query, *plus, *minus)))  # which checks the files
+    if prompt is not None and not any(isinstance(item, str) for item in asked):
         raise UsageError("--prompt is put before text queries, and there is none: leave it out")
-    asked = query if like else _combined(query, plus, minus, weight)
     opened, unreadable = _open(index, model, options.moved_folders(root))
     if prompt is not None:
         opened.model = opened.model.with_prompt(prompt)
@@ -99,6 +98,7 @@ def search(
         hits = opened.like(_id(opened, query), k, **limits)
     else:
         limits |= {"min_score": min_score, "min_probability": min_probability}
+        asked = _combined(query, plus, minus, weight, functools.partial(_embedded, opened, index))
         hits = opened.search(asked, k, **limits)
     _print(hits, json, pictures)
     if open or copy or sheet:
@@ -115,15 +115,32 @@ def search(
     unreadable.finish()
 
 
-def _combined(query: str, plus: Sequence[str], minus: Sequence[str], weight: float) -> Any:
+def _combined(
+    query: str,
+    plus: Sequence[str],
+    minus: Sequence[str],
+    weight: float,
+    item: Callable[[str], Any],
+) -> Any:
     """Combine the query with the terms of --plus and --minus."""
-    first = _query(query)
+    first = item(query)
     if not plus and not minus and weight == 1:
         return first
     from vlm.heads.query import Query
 
-    combined = sum((Query(_query(text)) for text in plus), start=Query(first, weight))
-    return sum((-Query(_query(text)) for text in minus), start=combined)
+    combined = sum((Query(item(text)) for text in plus), start=Query(first, weight))
+    return sum((-Query(item(text)) for text in minus), start=combined)
+
+
+def _embedded(index: Any, folder: str, query: str) -> Any:
+    """Return a query as `RetrievalIndex.search` takes it: of a video, its embedding."""
+    from vlm.inputs.opening import SUFFIXES
+    from vlm.inputs.videos import VIDEO_SUFFIXES
+
+    item = _query(query)
+    if isinstance(item, str) or item.suffix.lower() not in VIDEO_SUFFIXES - SUFFIXES:
+        return item
+    return index.model.encode_video([item], frames=frames_of(Path(folder).expanduser()))[0]
 
 
 def _id(index: Any, query: str) -> str | int:
@@ -203,18 +220,17 @@ def _condition(text: str) -> tuple[str, str, str | float]:
 
 
 def _query(query: str) -> str | Path:
-    """Return the path of an image, if `query` ends like one; else the text.
+    """Return the path of an image or a video, if `query` ends like one; else the text.
 
     Raises:
         DataError: there is no such image.
-        UsageError: it is a video file.
     """
     from vlm.inputs.opening import SUFFIXES
     from vlm.inputs.videos import VIDEO_SUFFIXES
 
     path = Path(query).expanduser()
     if path.suffix.lower() in VIDEO_SUFFIXES - SUFFIXES and path.is_file():
-        raise UsageError(f"the query {query!r} is a video file: give a text or an image")
+        return path
     if path.suffix.lower() not in SUFFIXES:
         return query
     if not path.is_file():
