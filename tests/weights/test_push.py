@@ -157,7 +157,7 @@ def test_a_dry_run_writes_the_folder(connected, model, tmp_path):
     assert hub_client.digest(load(small)) == hub_client.digest(load(tmp_path / "saved"))
     assert json.loads((small / "bundle.json").read_text())["format"] == 2  # of eight bits
     with pytest.raises(ConfigError, match="quantize"):
-        model.push_to_hub("me/dry", "open_clip", licence="mit", dry_run=small, quantize="int8")
+        model.push_to_hub("me/dry", format="open_clip", dry_run=small, quantize="int8")
     message = fails(model, "me/dry", licence="mit", dry_run=out)
     assert message == f"{out} exists already: give the path of a new folder"
 
