@@ -48,7 +48,10 @@ class TextConfig(Config):
             attention pooling.
         end_id: For pool end: id of the end token.
         positions: Position embeddings. learned: a table; sinusoidal: fixed sines, then cosines
-            (arXiv:1706.03762, in the layout of tensor2tensor).
+            (arXiv:1706.03762, in the layout of tensor2tensor); rotary: rotated queries and keys
+            (arXiv:2104.09864), in halves of a head; alibi: logits that fall with the distance
+            (arXiv:2108.12409), in both directions.
+        rotary_base: For rotary: base of the wavelengths.
         scale_embedding: Multiply token embeddings by the square root of the width.
         pad_id: Id of the padding, to mask it in attention and in mean, max and map pooling. None:
             no mask.
@@ -85,7 +88,7 @@ class TextConfig(Config):
     causal: bool = False
     pool: TextPool = "last"
     end_id: int | None = None
-    positions: Literal["learned", "sinusoidal"] = "learned"
+    positions: Literal["learned", "sinusoidal", "rotary", "alibi"] = "learned"
     scale_embedding: bool = False
     pad_id: int | None = None
     layer_scale: bool = False
@@ -101,6 +104,7 @@ class TextConfig(Config):
     mlp: MlpKind = "plain"
     embedding_norm: bool = False
     projection_dim: int = 4096
+    rotary_base: float = 10_000.0
 
     def check(self):
         check_heads(self)
@@ -109,6 +113,17 @@ class TextConfig(Config):
             raise ConfigError('TextConfig.pool "end" needs end_id, the id of the end token: set it')
         if self.pooler and self.norm != "post":
             raise ConfigError('TextConfig.pooler is BERT\'s, which has norm="post": set that too')
+        if self.positions != "rotary":
+            self.refuse_unused('set positions to "rotary"', "rotary_base")
+        elif self.width // self.heads % 2:
+            raise ConfigError(
+                f"TextConfig.heads {self.heads} of width {self.width} have an odd number of "
+                "channels, and rotary positions rotate pairs of them: choose other heads"
+            )
+        if self.positions == "alibi" and self.causal:
+            raise ConfigError(
+                'TextConfig.positions "alibi" is for attention in both directions: set causal=False'
+            )
 
     def tokens(self, *, masking: float = 0.0) -> int:
         """Number of tokens in the blocks, with a class token; `masking` is the dropped fraction."""
@@ -142,6 +157,9 @@ class ModelConfig(Config):
             SigLIP's.
         init_scale: Initial logit scale, the factor of the cosines.
         init_bias: Initial bias of the logits. None: no bias (CLIP); SigLIP starts at -10.
+        full_dim: Width of the towers' embeddings, which are truncated to embed_dim before they are
+            normalised (Matryoshka, arXiv:2205.13147). None: embed_dim, no truncation.
+        matryoshka: Sizes of truncated embeddings that the model was trained for. Empty: unknown.
 
     Example:
         >>> config = vlm.ModelConfig(embed_dim=768, loss="sigmoid", init_bias=-10.0)
@@ -155,6 +173,8 @@ class ModelConfig(Config):
     loss: Loss = "softmax"
     init_scale: float = 1 / 0.07
     init_bias: float | None = None
+    full_dim: int | None = None
+    matryoshka: tuple[int, ...] = ()
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -169,8 +189,18 @@ class ModelConfig(Config):
     def check(self):
         if self.vision.kind == self.text.kind == "none":
             raise ConfigError("ModelConfig has neither a vision nor a text tower: give one of them")
-        self.vision.check_space(self.embed_dim)
-        self.text.check_space(self.embed_dim)
+        if self.embed_dim > self.tower_dim:
+            raise ConfigError(
+                f"ModelConfig.embed_dim {self.embed_dim} is more than full_dim {self.full_dim}: "
+                "embeddings are truncated to embed_dim, so choose less"
+            )
+        self.vision.check_space(self.tower_dim)
+        self.text.check_space(self.tower_dim)
+
+    @property
+    def tower_dim(self) -> int:
+        """Width of the towers' embeddings, before they are truncated."""
+        return self.full_dim or self.embed_dim
 
     @property
     def partition(self) -> tuple[tuple[str, str, tuple[MeshAxis | None, ...]], ...]:

@@ -18,8 +18,9 @@ from vlm.errors import ConfigError
 # Activation functions of a tower.
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 # Kinds of MLP in a transformer block. swiglu: EVA-02's, whose gated hidden layer is normalised;
-# swiglu_plain: DINOv2's, which is not; geglu: ViTamin's, which normalises its input a second time.
-MlpKind = Literal["plain", "swiglu", "swiglu_plain", "geglu"]
+# swiglu_plain: DINOv2's, which is not; geglu: ViTamin's, which normalises its input a second time;
+# geglu_plain: JinaBERT's, which does not.
+MlpKind = Literal["plain", "swiglu", "swiglu_plain", "geglu", "geglu_plain"]
 # Kinds of norm in a transformer. rms: RMSNorm, without mean and bias (AIMv2).
 NormKind = Literal["layer", "rms"]
 
@@ -49,8 +50,9 @@ class ViTConfig(VisionTower):
         rotary_centred: Rotate by the centre of a patch, where the image spans -2 pi to 2 pi
             (DINOv3).
         pool: Pooling. class: a learned first token; mean: of all tokens; map: attention pooling
-            (SigLIP); query: CoCa's attentional pooler; probe: attention of a learned query without
-            a projection, norm or MLP (AIMv2).
+            (SigLIP); class_map: the same with a gated MLP, added to the first token
+            (nomic-embed-vision); query: CoCa's attentional pooler; probe: attention of a learned
+            query without a projection, norm or MLP (AIMv2).
         pool_heads: Number of heads of map, query and probe pooling. None: `heads`.
         pool_mlp_dim: Width of the hidden layer of map pooling's MLP. None: `mlp_dim`.
         class_token: Add a learned first token, also with other kinds of pooling.
@@ -65,7 +67,7 @@ class ViTConfig(VisionTower):
         norm_kind: Kind of the norms. layer: LayerNorm; rms: RMSNorm, without mean and bias (AIMv2).
         mlp: Kind of MLP. plain: two layers; swiglu: gated, with a norm of the hidden layer
             (EVA-02); swiglu_plain: gated, without that norm (DINOv2, TIPSv2); geglu: gated, with
-            two norms of the input (ViTamin).
+            two norms of the input (ViTamin); geglu_plain: gated, without the second of them.
         attention_norm: Add a norm before the output layer of attention (EVA-02).
         key_bias: Add a bias to the keys of attention.
         pooler: For pool class: a linear layer and a tanh after the norm (transformers' ViTModel).
@@ -74,6 +76,7 @@ class ViTConfig(VisionTower):
             with a bias; the hidden width is 2 * embed_dim.
         activation: Activation of the plain MLP, and of map pooling's; also a function of `jax.nn`.
         norm_eps: Epsilon of the layer norms.
+        mlp_norm_eps: Epsilon of the norm in a gated MLP. None: norm_eps.
         max_patches: For NaFlex (SigLIP 2), which accepts any aspect ratio: maximum number of
             patches; image_size is then that of the grid of positions. None: square images.
         dropout: Dropout rate in training.
@@ -103,7 +106,7 @@ class ViTConfig(VisionTower):
     rotary: int | None = None
     rotary_span: int | None = None
     rotary_rows_first: bool = False
-    pool: Literal["class", "mean", "map", "query", "probe"] = "map"
+    pool: Literal["class", "mean", "map", "class_map", "query", "probe"] = "map"
     pool_heads: int | None = None
     pool_mlp_dim: int | None = None
     class_token: bool = False
@@ -128,6 +131,7 @@ class ViTConfig(VisionTower):
     stem_norm: bool = False
     norm_kind: NormKind = "layer"
     last_norm: bool = True
+    mlp_norm_eps: float | None = None
 
     def check(self):
         check_heads(self)
@@ -173,7 +177,7 @@ class ViTConfig(VisionTower):
 
     @property
     def has_class_token(self) -> bool:
-        return self.class_token or self.pool == "class"
+        return self.class_token or self.pool in ("class", "class_map")
 
     @property
     def prefix_tokens(self) -> int:

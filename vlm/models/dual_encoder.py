@@ -36,8 +36,8 @@ class DualEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.vision = vision_tower(config.vision, config.embed_dim, execution=execution, rngs=rngs)
-        self.text = text_tower(config.text, config.embed_dim, execution=execution, rngs=rngs)
+        self.vision = vision_tower(config.vision, config.tower_dim, execution=execution, rngs=rngs)
+        self.text = text_tower(config.text, config.tower_dim, execution=execution, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(math.log(config.init_scale), jnp.float32))
         bias = config.init_bias
         self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
@@ -79,10 +79,10 @@ class DualEncoder(nnx.Module):
     def _embed(self, name: Literal["vision", "text"], inputs: Any, **options: Any):
         tower, config = getattr(self, name), getattr(self.config, name)
         if isinstance(config, VisionModuleConfig | TextModuleConfig):
-            z = call_module(tower, config, self.config.embed_dim, inputs, **options)
+            z = call_module(tower, config, self.config.tower_dim, inputs, **options)
         else:
             z = tower(inputs, **options)
-        return unit_norm(z)
+        return unit_norm(z[..., : self.config.embed_dim])
 
 
 def unit_norm(x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:

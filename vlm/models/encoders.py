@@ -18,7 +18,7 @@ from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture
 from vlm.nn.layers import RMSNorm, dropout, gelu, gelu_tanh, linear, split_keys
 from vlm.nn.pooling import max_pool, mean_pool
-from vlm.nn.positions import Rotation
+from vlm.nn.positions import Rotation, rotate, token_rotation
 from vlm.nn.transformer import Execution, scan_layers, stack_blocks
 
 
@@ -98,7 +98,7 @@ class Blocks(nnx.Module):
         c, places = self.config, jnp.arange(x.shape[1])
         block, parameters = nnx.split(self.blocks)
         near = jnp.abs(places[:, None] - places) <= c.window
-        rotations = [rotation(x.shape[1], c.head_dim, base) for base in c.rotary_bases]
+        rotations = [token_rotation(x.shape[1], c.head_dim, base) for base in c.rotary_bases]
 
         def layer(x, numbered):
             number, parameters = numbered
@@ -156,7 +156,7 @@ class Block(nnx.Module):
             for name in ("query", "key", "value")
         )
         if rotation is not None:
-            query, key = rotate_halves(query, rotation), rotate_halves(key, rotation)
+            query, key = rotate(query, rotation), rotate(key, rotation)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = logits * c.head_dim**-0.5 if bias is None else logits + bias
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
@@ -168,22 +168,6 @@ class Block(nnx.Module):
         act = gelu if rotation is not None else gelu_tanh
         hidden = act(linear(self.mlp["gate"], y)) * linear(self.mlp["up"], y)
         return x + dropout(linear(self.mlp["down"], hidden), c.dropout, mlp_keys)
-
-
-def rotation(count: int, head_dim: int, base: float) -> Rotation:
-    """Rotation of the first `count` positions: sines and cosines of half of the channels."""
-    bands = 1.0 / base ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    angles = np.arange(count, dtype=np.float32)[:, None] * bands.astype(np.float32)
-    return jnp.asarray(np.sin(angles)), jnp.asarray(np.cos(angles))
-
-
-def rotate_halves(x: Float[Array, "b n h d"], rotation: Rotation) -> Float[Array, "b n h d"]:
-    """Rotate the first half of each head's channels with the second half."""
-    sin, cos = (part[:, None] for part in rotation)
-    wide, half = x.astype(jnp.float32), x.shape[-1] // 2
-    first, second = wide[..., :half], wide[..., half:]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def distance_ranges(count: int, buckets: int, max_distance: int) -> Int[np.ndarray, "n n"]:

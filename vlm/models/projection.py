@@ -76,6 +76,8 @@ def map_pool(config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MapPool:
         getattr(config, "pool_heads", None) or config.heads,
         getattr(config, "pool_mlp_dim", None) or config.mlp_dim,
         act=config.activation,
+        kind="swiglu_plain" if config.pool == "class_map" else "plain",
+        add_to_first=config.pool == "class_map",
         norm_eps=config.norm_eps,
         dtype=dtype,
         rngs=rngs,

@@ -11,7 +11,7 @@ from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.layers import NORMS, Linear
 from vlm.nn.pooling import TEXT_POOLS, map_pool_flops
-from vlm.nn.positions import sinusoids
+from vlm.nn.positions import alibi, sinusoids, token_rotation
 from vlm.nn.transformer import Execution, Transformer, block_flops
 
 LENGTH_STEP = 16  # tokens: lengths of causal text are rounded up to a multiple of this
@@ -103,10 +103,10 @@ class TextTower(nnx.Module):
             if real is not None:
                 # CoCa's weights were trained with the mask shifted right by one.
                 real = jnp.pad(real, ((0, 0), (1, 0)), constant_values=True)
-        if self.position is None:
-            x = x + sinusoids(x.shape[1], c.width).astype(self.dtype)
-        else:
+        if self.position is not None:
             x = x + self.position[...].astype(self.dtype)[: x.shape[1]]
+        elif c.positions == "sinusoidal":
+            x = x + sinusoids(x.shape[1], c.width).astype(self.dtype)
         if self.class_token is not None and c.pool == "appended":
             last = self.class_token[...].astype(self.dtype)
             last = last * c.width**0.5 if c.scale_embedding else last
@@ -114,8 +114,14 @@ class TextTower(nnx.Module):
             real = None if real is None else jnp.pad(real, ((0, 0), (0, 1)), constant_values=True)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        mask = None if real is None else real[:, None, None, :]
-        return self.transformer(x, mask, keys=keys, intermediates=intermediates), real
+        mask, rotation = None if real is None else real[:, None, None, :], None
+        if c.positions == "rotary":
+            rotation = token_rotation(x.shape[1], c.width // c.heads, c.rotary_base)
+        elif c.positions == "alibi":
+            bias = alibi(x.shape[1], c.heads)[None]
+            mask = bias if mask is None else jnp.where(mask, bias, jnp.finfo(jnp.float32).min)
+        options = {"keys": keys, "rotation": rotation, "intermediates": intermediates}
+        return self.transformer(x, mask, **options), real
 
     def _embedding(self, x, tokens, real, intermediates: Intermediates | None = None):
         """Pool and project tokens."""

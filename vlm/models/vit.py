@@ -73,6 +73,7 @@ class ViTTower(nnx.Module):
             norm=c.norm,
             norm_kind=c.norm_kind,
             mlp=c.mlp,
+            mlp_norm_eps=c.mlp_norm_eps,
             attention_norm=c.attention_norm,
             key_bias=c.key_bias,
             execution=execution,
@@ -88,7 +89,8 @@ class ViTTower(nnx.Module):
         elif c.pool == "probe":
             self.pool = ProbePool(c.width, heads, dtype=dtype, rngs=rngs)
         else:
-            self.pool = map_pool(c, dtype=dtype, rngs=rngs) if c.pool == "map" else None
+            maps = c.pool in ("map", "class_map")
+            self.pool = map_pool(c, dtype=dtype, rngs=rngs) if maps else None
         self.pooler = Linear(c.width, c.width, dtype=dtype, rngs=rngs) if c.pooler else None
         self.projection = projection(c, pooled_width, embed_dim, dtype=dtype, rngs=rngs)
 
@@ -187,7 +189,7 @@ class ViTTower(nnx.Module):
             case "probe":
                 assert isinstance(self.pool, ProbePool)
                 x = self.pool(norm(x), intermediates=part(intermediates, "pool"))
-            case "map":
+            case "map" | "class_map":
                 assert isinstance(self.pool, MapPool)
                 x = self.pool(norm(x), mask, intermediates=part(intermediates, "pool"))
             case _:
@@ -239,8 +241,9 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
     if training:
         tokens = c.tokens(training=True)
     pool = 0.0
-    if c.pool == "map":
-        pool = map_pool_flops(c.width, c.pool_mlp_dim or c.mlp_dim, tokens)
+    if c.pool in ("map", "class_map"):
+        gated = c.pool == "class_map"
+        pool = map_pool_flops(c.width, c.pool_mlp_dim or c.mlp_dim, tokens, gated=gated)
     elif c.pool == "query":
         pool = query_pool_flops(c.width, embed_dim, tokens)
     elif c.pool == "probe":

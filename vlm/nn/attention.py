@@ -15,28 +15,29 @@ from jaxtyping import Array, Bool, Float
 
 from vlm.nn import tpu_attention
 from vlm.nn.auto_axes import auto_axes
-from vlm.nn.cpu_attention import attend_in_parts
+from vlm.nn.cpu_attention import Mask, attend_in_parts
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import LayerNorm, linear
 from vlm.nn.positions import Rotation, rotate
 from vlm.nn.remat import ATTENDED, PROJECTED
 from vlm.sharding import batch_ways, free_batch_axes, mesh_of
 
-
 def attend(
     query: Float[Array, "#b q h d"],
     key: Float[Array, "b k h d"],
     value: Float[Array, "b k h d"],
-    mask: Bool[Array, "#b #h #q k"] | None = None,
+    mask: Mask | None = None,
     *,
     causal: bool = False,
 ) -> Float[Array, "b q h d"]:
     """softmax(query key^T / sqrt(d)) value (Vaswani et al., 2017, arXiv:1706.03762).
 
-    `mask` is true where a query may attend. The softmax is float32. The implementation is chosen at
-    lowering, so that planning for a TPU on a CPU host uses the TPU's. TPUs and NVIDIA GPUs use a
-    fused kernel for arrays that it supports.
+    `mask` is true where a query may attend, or is added to the logits. The softmax is float32. The
+    implementation is chosen at lowering, so that planning for a TPU on a CPU host uses the TPU's.
+    TPUs and NVIDIA GPUs use a fused kernel for arrays that it supports.
     """
+    if mask is not None and mask.dtype != bool:  # for which there is no fused kernel
+        return attend_in_parts(query, key, value, mask, causal=causal)
     dense = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
     implementations = {
         "cpu": functools.partial(attend_in_parts, causal=causal),
@@ -107,7 +108,7 @@ def attend_captured(
     query: Float[Array, "b q h d"],
     key: Float[Array, "b k h d"],
     value: Float[Array, "b k h d"],
-    mask: Bool[Array, "#b #h #q k"] | None = None,
+    mask: Mask | None = None,
     *,
     causal: bool = False,
     softcap: float | None = None,
@@ -165,7 +166,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "#b q d"],
         context: Float[Array, "b k c"] | None = None,
-        mask: Bool[Array, "#b #h #q k"] | None = None,
+        mask: Mask | None = None,
         *,
         causal: bool = False,
         rotation: Rotation | None = None,

@@ -13,13 +13,15 @@ from vlm.nn.intermediates import Intermediates, capture
 # cache. Of whole batches, XLA allocates them anew in each layer, and page faults take most time.
 _WEIGHTS = 1 << 20
 _LONG = 256
+# True where a query may attend, or numbers to add to the logits.
+Mask = Bool[Array, "#b #h #q k"] | Float[Array, "#b #h #q k"]
 
 
 def attend_in_parts(
     query: Float[Array, "#b q h d"],
     key: Float[Array, "b k h d"],
     value: Float[Array, "b k h d"],
-    mask: Bool[Array, "#b #h #q k"] | None = None,
+    mask: Mask | None = None,
     *,
     causal: bool = False,
     softcap: float | None = None,
@@ -49,7 +51,8 @@ def _attend(query, key, value, mask, softcap, intermediates=None):
     logits = logits * (query.shape[-1] ** -0.5)
     logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        lowest = jnp.finfo(jnp.float32).min
+        logits = jnp.where(mask, logits, lowest) if mask.dtype == bool else logits + mask
     if intermediates is not None:
         weights = capture(intermediates, "attention", jax.nn.softmax(logits, axis=-1))
         return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value)

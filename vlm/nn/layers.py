@@ -178,7 +178,8 @@ class Mlp(nnx.Module):
 
     Kinds: "plain"; "swiglu", a SiLU gate and a normalised hidden layer (EVA-02, arXiv:2303.11331);
     "swiglu_plain", without that norm; "geglu", a GELU gate and a normalised input (ViTamin,
-    arXiv:2404.02132). `act` is of the plain kind, `norm_eps` of the norms.
+    arXiv:2404.02132); "geglu_plain", without that norm. `act` is of the plain kind, `norm_eps` of
+    the norms.
 
     Example:
         >>> from flax import nnx
@@ -216,7 +217,7 @@ class Mlp(nnx.Module):
             return linear(self.down, activation(self.act)(hidden))
         gate = checkpoint_name(linear(self.gate, x), MLP_HIDDEN)
         hidden = checkpoint_name(linear(self.up, x), MLP_HIDDEN)
-        hidden = (gelu if self.kind == "geglu" else jax.nn.silu)(gate) * hidden
+        hidden = (gelu if self.kind.startswith("geglu") else jax.nn.silu)(gate) * hidden
         if self.norm is not None and self.kind == "swiglu":
             hidden = self.norm(hidden)
         return linear(self.down, hidden)

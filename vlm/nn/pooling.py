@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm.config import Activation, ImportPath, TextPool
+from vlm.config import Activation, ImportPath, MlpKind, TextPool
 from vlm.nn.attention import Attention, attend_captured
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates
@@ -17,6 +17,9 @@ from vlm.nn.layers import LayerNorm, Linear, Mlp, linear
 
 class MapPool(nnx.Module):
     """Multi-head attention pooling: one learned probe attends to all tokens (arXiv:2106.04560).
+
+    Its MLP is of the given `kind`. With `add_to_first`, the MLP's output is added to the first token
+    in place of the attention's output, as in nomic-embed-vision (arXiv:2406.18587).
 
     Example:
         >>> from flax import nnx
@@ -32,15 +35,18 @@ class MapPool(nnx.Module):
         mlp_dim: int,
         *,
         act: Activation | ImportPath,
+        kind: MlpKind = "plain",
+        add_to_first: bool = False,
         norm_eps: float,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        self.add_to_first = add_to_first
         init = nnx.initializers.xavier_uniform()
         self.probe = nnx.Param(init(rngs.params(), (1, width)))
         self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(width, norm_eps, rngs=rngs)
-        self.mlp = Mlp(width, mlp_dim, act, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(width, mlp_dim, act, kind=kind, dtype=dtype, rngs=rngs)
 
     @auto_axes
     def __call__(
@@ -52,9 +58,9 @@ class MapPool(nnx.Module):
     ) -> Float[Array, "b d"]:
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         mask = None if mask is None else mask[:, None, None, :]
-        x = self.attention(probe, x, mask, intermediates=intermediates)
-        x = x + self.mlp(self.norm(x))
-        return x[:, 0]
+        y = self.attention(probe, x, mask, intermediates=intermediates)
+        y = (x[:, :1] if self.add_to_first else y) + self.mlp(self.norm(y))
+        return y[:, 0]
 
 
 class QueryPool(nnx.Module):
@@ -166,10 +172,10 @@ TEXT_POOLS: dict[TextPool, Callable] = {
 }
 
 
-def map_pool_flops(width: int, mlp_dim: int, tokens: int) -> float:
+def map_pool_flops(width: int, mlp_dim: int, tokens: int, *, gated: bool = False) -> float:
     """FLOPs of attention pooling: one query, keys and values of all tokens, and an MLP."""
     attention = 2 * (2 * width**2 + 2 * tokens * width**2 + 2 * tokens * width)
-    return attention + 2 * 2 * width * mlp_dim
+    return attention + 2 * (3 if gated else 2) * width * mlp_dim
 
 
 def probe_pool_flops(width: int, tokens: int) -> float:

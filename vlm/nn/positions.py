@@ -1,4 +1,4 @@
-"""Position embeddings: sinusoidal, and rotary over a square grid of patches (arXiv:2104.09864)."""
+"""Position embeddings: sinusoidal, rotary (arXiv:2104.09864), and ALiBi (arXiv:2108.12409)."""
 
 import math
 
@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-# Sines and cosines: one row per token, as wide as a head.
+# Sines and cosines, one row per token: as wide as a head to rotate neighbouring pairs of channels,
+# or half as wide to rotate the two halves of a head.
 Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]]
 
 
@@ -61,9 +62,38 @@ def grid_rotation(
     return jnp.asarray(np.sin(angles)), jnp.asarray(np.cos(angles))
 
 
+def token_rotation(count: int, head_dim: int, base: float) -> Rotation:
+    """Rotation of the first `count` tokens of a text, for the two halves of a head."""
+    bands = 1.0 / base ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    angles = np.arange(count, dtype=np.float32)[:, None] * bands.astype(np.float32)
+    return jnp.asarray(np.sin(angles)), jnp.asarray(np.cos(angles))
+
+
+def alibi(count: int, heads: int) -> Float32[np.ndarray, "heads count count"]:
+    """ALiBi: logits to add, which fall with the distance of two tokens by a slope for each head.
+
+    Tokens attend in both directions, as in JinaBERT (arXiv:2310.19923).
+
+    Example:
+        >>> from vlm.nn.positions import alibi
+        >>> alibi(3, 2)[0, 0].tolist()
+        [0.0, -0.0625, -0.125]
+    """
+    power = 2 ** int(math.log2(heads))
+    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+    # Between the slopes of a power of two, every other one of those of the next power.
+    slopes += [2.0 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    distance = np.abs(np.arange(count)[:, None] - np.arange(count))
+    return -np.asarray(slopes, np.float32)[:, None, None] * distance.astype(np.float32)
+
+
 def rotate(x: Float[Array, "b n h d"], rotation: Rotation) -> Float[Array, "b n h d"]:
-    """Rotate neighbouring pairs of channels of each token."""
+    """Rotate pairs of channels of each token: neighbours, or those of the two halves of a head."""
     sin, cos = (part[:, None] for part in rotation)
     wide = x.astype(jnp.float32)
+    if sin.shape[-1] < x.shape[-1]:
+        first, second = jnp.split(wide, 2, axis=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
     turned = jnp.stack([-wide[..., 1::2], wide[..., ::2]], axis=-1).reshape(x.shape)
     return (wide * cos + turned * sin).astype(x.dtype)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from vlm.config import Activation, Code, ImportPath, MlpKind, NormKind, RematPolicy
 from vlm.errors import check_choice
 from vlm.nn.attention import Attention
 from vlm.nn.auto_axes import auto_axes
+from vlm.nn.cpu_attention import Mask
 from vlm.nn.intermediates import Intermediates, capture, changes_below
 from vlm.nn.layers import NORMS, Mlp, dropout, split_keys
 from vlm.nn.positions import Rotation
@@ -69,6 +70,7 @@ class Block(nnx.Module):
         norm: Literal["pre", "post", "branch"] = "pre",
         norm_kind: NormKind = "layer",
         mlp: MlpKind = "plain",
+        mlp_norm_eps: float | None = None,
         attention_norm: bool = False,
         key_bias: bool = True,
         softcap: float | None = None,
@@ -87,7 +89,8 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.mlp_norm = NORMS[norm_kind](width, norm_eps, rngs=rngs)
-        self.mlp = Mlp(width, mlp_dim, act, kind=mlp, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
+        eps = norm_eps if mlp_norm_eps is None else mlp_norm_eps
+        self.mlp = Mlp(width, mlp_dim, act, kind=mlp, norm_eps=eps, dtype=dtype, rngs=rngs)
         small = jnp.full(width, LAYER_SCALE)
         self.attention_scale = nnx.Param(small) if layer_scale else None
         self.mlp_scale = nnx.Param(small) if layer_scale else None
@@ -98,7 +101,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        mask: Bool[Array, "#b #h #q n"] | None,
+        mask: Mask | None,
         keys: Key[Array, " b"] | None,
         rotation: Rotation | None = None,
         intermediates: Intermediates | None = None,
@@ -156,7 +159,7 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        mask: Bool[Array, "#b #h #q n"] | None = None,
+        mask: Mask | None = None,
         *,
         keys: Key[Array, " b"] | None = None,
         rotation: Rotation | None = None,

@@ -14,19 +14,8 @@ _LLM = (
     "a CLIP whose texts are embedded by a language model of billions of parameters, which vlm does "
     "not have: use its base CLIP, or siglip2-large for long captions"
 )
-# Texts of these are BERTs with other attention than vlm's.
-_JINA = (
-    "jina-clip, whose text tower (ALiBi or rotary positions, adapters by task) vlm does not have: "
-    "use siglip2-base, or ViT-H-14-worldwide for many languages"
-)
-_NOMIC = (
-    "of nomic-embed, whose text tower (rotary positions) and attention pool of images vlm does not "
-    "have: use siglip2-base, or clip-ViT-B-32-multilingual-v1 for texts"
-)
 _SOUND = "which embeds sound: vlm has towers of images, videos and texts"
 _REASONS = {
-    "jina_clip": _JINA,
-    "nomic_bert": _NOMIC,
     **dict.fromkeys(
         (
             "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe",

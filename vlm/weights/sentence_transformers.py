@@ -2,7 +2,8 @@
 
 Read are dual encoders such as CLIP (`0_CLIPModel`, or beside `modules.json`), and text encoders of
 BERT's kind with pooling and one linear layer, such as clip-ViT-B-32-multilingual-v1, which embed
-texts alone. A layer with an activation is refused. Prompts become those of the tokenizer.
+texts alone, and nomic-embed-text. A layer with an activation is refused. Prompts become those of
+the tokenizer.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from etils import epath
 
 from vlm.config import ModelConfig, NoVisionConfig, PreprocessConfig, TextConfig, TextPool
 from vlm.errors import CheckpointError, brief
-from vlm.weights import huggingface, transformers_folders
+from vlm.inputs.tokenizer import Tokenizer
+from vlm.weights import huggingface, nomic, transformers_folders
 from vlm.weights.checkpoint import Checkpoint, Computed, ComputedTensors, weight_names, weights
 from vlm.weights.fields import boolean, choice, fields, integer, read_json, read_list, string
 from vlm.weights.files import Tensors
@@ -32,6 +34,7 @@ _OPTIONS = "sentence_bert_config.json"
 _FIRST = ("CLIPModel", "Transformer")
 _ROOT = "encoder"  # prefix of the names of the text encoder
 _BERTS = tuple(kind for kind in TEXTS if kind != "clip_text_model")
+_ENCODERS = (*_BERTS, "distilbert", *nomic.MODEL_TYPES)
 # DistilBERT (arXiv:1910.01108): its fields by BERT's, and its layers.
 _DISTILLED = {
     "hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
@@ -88,7 +91,7 @@ def modules(folder: epath.Path, files: Collection[str], names: Collection[str]) 
 def check_encoder(values: dict[str, Any], where: str) -> None:
     """Raise a CheckpointError if the `config.json` of a text encoder is not one that vlm reads."""
     refuse_by_name(values, where)
-    choice(values.get("model_type"), (*_BERTS, "distilbert"), f"{where}: model_type")
+    choice(values.get("model_type"), _ENCODERS, f"{where}: model_type")
 
 
 def open_checkpoint(folder: epath.Path) -> Checkpoint:
@@ -103,7 +106,7 @@ def open_checkpoint(folder: epath.Path) -> Checkpoint:
     refuse_by_name(values, os.fspath(inner / "config.json"))
     if rest and rest[-1][0] == "Normalize":  # as vlm does
         rest = rest[:-1]
-    if values.get("model_type") in (*_BERTS, "distilbert"):
+    if values.get("model_type") in _ENCODERS and any(name == "Pooling" for name, _ in rest):
         return _with_prompts(_open_text(folder, inner, values, rest), folder)
     if rest:
         raise CheckpointError(
@@ -163,6 +166,8 @@ def _open_text(
             "vlm reads Pooling, and then one Dense or none"
         )
     where, distilled = os.fspath(inner / "config.json"), kind == "distilbert"
+    if kind in nomic.MODEL_TYPES:
+        return _open_nomic(folder, inner, values, rest)
     text = _distilled(values, where) if distilled else bert_text(values, kind, where)
     dense, width = None, text.width
     if len(rest) == 2:
@@ -178,13 +183,7 @@ def _open_text(
         computed = bert_positions(tensors, _ROOT, text, first_position(text))
         tensors = ComputedTensors(tensors, *computed)
     layers = linear("dense.linear", "text.projection", bias=projection == "linear_bias")
-    settings = inner / _OPTIONS
-    options = read_json(settings) if settings.exists() else {}
-    length = integer(options.get("max_seq_length") or text.context_length, f"{settings}: length")
-    tokenizer = huggingface_tokenizer(inner, config)
-    if boolean(options.get("do_lower_case") or False, f"{settings}: do_lower_case"):
-        lower = dataclasses.replace(tokenizer.config, lowercase=True)
-        tokenizer = tokenizer.with_rules(lower)
+    tokenizer, length = _with_options(huggingface_tokenizer(inner, config), inner)
     return Checkpoint(
         folder.name,
         config,
@@ -198,8 +197,35 @@ def _open_text(
         ],
         lambda name: name.startswith(f"{_ROOT}.pooler.") or name.endswith(".position_ids"),
         "bicubic",
-        context_length=min(length, tokenizer.config.context_length),
+        context_length=length,
     )
+
+
+def _with_options(tokenizer: Tokenizer, inner: epath.Path) -> tuple[Tokenizer, int]:
+    """Return the tokenizer of an encoder with its options, and the length of a text by default."""
+    settings, length = inner / _OPTIONS, tokenizer.config.context_length
+    options = read_json(settings) if settings.exists() else {}
+    most = integer(options.get("max_seq_length") or length, f"{settings}: max_seq_length")
+    if boolean(options.get("do_lower_case") or False, f"{settings}: do_lower_case"):
+        lower = dataclasses.replace(tokenizer.config, lowercase=True)
+        tokenizer = tokenizer.with_rules(lower)
+    return tokenizer, min(most, length)
+
+
+def _open_nomic(
+    folder: epath.Path, inner: epath.Path, values: dict[str, Any], rest: list[tuple[str, str]]
+) -> Checkpoint:
+    """Open nomic-embed-text, with its pooling."""
+    if len(rest) > 1:
+        raise CheckpointError(f"{folder / MODULES} has {rest[1][0]} after nomic-embed-text")
+    config = nomic.model_config(values, os.fspath(inner / "config.json"))
+    pool = _pool(folder / rest[0][1] / "config.json")
+    text = dataclasses.replace(config.text_transformer, pool=pool)
+    config = dataclasses.replace(config, text=text)
+    checkpoint = nomic.open_checkpoint(inner, values, config)
+    tokenizer, length = _with_options(checkpoint.tokenizer, inner)
+    same = {"name": folder.name, "tokenizer": tokenizer, "context_length": length}
+    return dataclasses.replace(checkpoint, **same)
 
 
 def _distilled(values: dict[str, Any], where: str) -> TextConfig:

@@ -23,6 +23,8 @@ from vlm.weights import (
     flava,
     groupvit,
     huggingface,
+    jina_clip,
+    nomic,
     one_tower,
     tipsv2,
     videoprism,
@@ -48,6 +50,8 @@ FAMILIES = (
     xclip,
     groupvit,
     videoprism,
+    nomic,
+    jina_clip,
 )
 _READERS: dict[str, ModuleType] = {
     name: family for family in FAMILIES for name in family.MODEL_TYPES
