@@ -23,6 +23,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from vlm.config import LOSS_SCORES, AdapterConfig, ModelConfig
 from vlm.display import FactSheet, progress_bar
+from vlm.embedding_space import with_dimensions, with_text
 from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.batches import batch_size_of, pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
@@ -168,6 +169,7 @@ class Bundle(FactSheet):
             return self._run(self._text_program, batches, size, done)
 
     encode_video, video_logits = encode_video, video_logits
+    with_text, with_dimensions = with_text, with_dimensions
 
     def encode_pixels(self, rows: UInt8[np.ndarray, "n h w 3"] | Patches) -> Float32[Any, "n d"]:
         """Encode one batch of `preprocess.collate` to unit-norm embeddings."""

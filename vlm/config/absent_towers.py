@@ -71,7 +71,10 @@ def absence(
     if isinstance(config, NoTextConfig | NoVisionConfig):
         both = "use a model with both towers, such as ViT-B-32"
         if tower == "text":
-            both = f"fit a FewShotClassifier to labelled images, or {both}"
+            both = (
+                "fit a FewShotClassifier to labelled images, add the text tower of its space with "
+                f"Bundle.with_text or `vlm convert --text`, or {both}"
+            )
         other = {"text": "images", "vision": "texts"}[tower]
         return f"{name} has no {tower} tower and embeds {other} alone: {both}"
     return f"{name} was loaded without its {tower} tower: {fix}"

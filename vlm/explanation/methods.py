@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from vlm.config import ResNetConfig, VisionTowerConfig
 from vlm.errors import check_choice
-from vlm.models.dual_encoder import DualEncoder, unit_norm
+from vlm.models.dual_encoder import DualEncoder
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.naflex import Patches
 
@@ -57,7 +57,7 @@ def _relevance_maps(graph, state, images, z_text, method: Method):
         return _path(model, images, z_text)
     activations, cosine = run(model, images, z_text, {})
     if method == "similarity":
-        return jnp.einsum("bne,be->bn", unit_norm(model.vision.dense(images)), z_text), cosine
+        return jnp.einsum("bne,be->bn", model.dense("vision", images), z_text), cosine
     relevance = _attention if method == "attention" else _gradcam
     return relevance(model, images, z_text, activations), cosine
 
@@ -70,7 +70,7 @@ def dense_embeddings(model: DualEncoder, images: Images) -> Float[Array, "b n e"
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _dense(graph, state, images):
-    return unit_norm(nnx.merge(graph, state).vision.dense(jax.tree.map(jnp.asarray, images)))
+    return nnx.merge(graph, state).dense("vision", jax.tree.map(jnp.asarray, images))
 
 
 def run(

@@ -17,7 +17,6 @@ from vlm.bundle import Bundle
 from vlm.errors import ConfigError
 from vlm.inputs.batches import batch_size_of, pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
-from vlm.models.dual_encoder import unit_norm
 from vlm.nn.naflex import Patches
 from vlm.sharding import place_padded
 from vlm.weights.instantiate import check_images, check_tower
@@ -45,13 +44,13 @@ def image_tokens(
         [(4, 16), (4, 16)]
     """
     check_images(model.model, model.name)
-    graph, state = nnx.split(_tower(model, "vision"))
+    graph, state = _split(model, "vision")
     size, found = batch_size_of(batch_size), []
     for rows in pixel_batches(model.preprocess, one_or_many(images), size, on_error):
         masks = rows.mask if isinstance(rows, Patches) else itertools.repeat(slice(None))
         count = len(rows.mask if isinstance(rows, Patches) else rows)
         padded = place_padded(rows, count, size, None)  # few shapes to compile for
-        z = np.asarray(_dense(graph, state, model.preprocess.normalize(padded)))[:count]
+        z = np.asarray(_dense(graph, state, "vision", model.preprocess.normalize(padded)))[:count]
         found += [vectors[mask] for vectors, mask in zip(z, masks, strict=False)]
     return found
 
@@ -76,12 +75,12 @@ def text_tokens(
         [16]
     """
     check_tower(model.model, "text", model.name)
-    graph, state = nnx.split(_tower(model, "text"))
+    graph, state = _split(model, "text")
     size, found, rules = batch_size_of(batch_size), [], model.tokenizer.config
     stream = iter([texts] if isinstance(texts, str) else texts)
     while part := list(itertools.islice(stream, size)):
         rows = model.tokenizer(part, prompt)
-        z = np.asarray(_dense(graph, state, place_padded(rows, len(part), size, None)))
+        z = np.asarray(_dense(graph, state, "text", place_padded(rows, len(part), size, None)))
         lengths = np.minimum(model.tokenizer.lengths(part, prompt), rules.context_length)
         for vectors, length in zip(z, lengths, strict=False):
             kept = (
@@ -91,16 +90,15 @@ def text_tokens(
     return found
 
 
-def _tower(model: Bundle, name: str) -> nnx.Module:
-    tower = getattr(model.model, name)
-    if not hasattr(tower, "dense"):
+def _split(model: Bundle, name: str):
+    if not hasattr(getattr(model.model, name), "dense"):
         raise ConfigError(
             f"the {name} tower of {model.name} gives one vector for each input: late interaction "
             "needs a tower with a method dense, as the ViTs and text transformers of vlm"
         )
-    return tower
+    return nnx.split(model.model)
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _dense(graph, state, inputs):
-    return unit_norm(nnx.merge(graph, state).dense(inputs))
+@functools.partial(jax.jit, static_argnames=("graph", "name"))
+def _dense(graph, state, name, inputs):
+    return nnx.merge(graph, state).dense(name, inputs)

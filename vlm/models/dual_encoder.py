@@ -65,6 +65,11 @@ class DualEncoder(nnx.Module):
         """Map token ids to unit-norm float32 embeddings; fill `intermediates`."""
         return self._embed("text", tokens, keys=keys, intermediates=intermediates)
 
+    def dense(self, name: Literal["vision", "text"], inputs: Any) -> Float[Array, "b n e"]:
+        """Unit-norm embeddings of each position of an image or token of a text: see the towers'."""
+        z = getattr(self, name).dense(inputs)
+        return unit_norm(z[..., : self.config.embed_dim])
+
     def __call__(
         self,
         images: Float[Array, "b h w 3"] | Patches,

@@ -18,8 +18,8 @@ from vlm.nn.layers import LayerNorm, Linear, Mlp, linear
 class MapPool(nnx.Module):
     """Multi-head attention pooling: one learned probe attends to all tokens (arXiv:2106.04560).
 
-    Its MLP is of the given `kind`. With `add_to_first`, the MLP's output is added to the first token
-    in place of the attention's output, as in nomic-embed-vision (arXiv:2406.18587).
+    Its MLP is of the given `kind`. With `add_to_first`, the MLP's output is added to the first
+    token in place of the attention's output, as in nomic-embed-vision (arXiv:2406.18587).
 
     Example:
         >>> from flax import nnx

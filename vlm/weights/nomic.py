@@ -1,6 +1,6 @@
 """nomic-embed: the vision tower of nomic-embed-vision, and nomic-embed-text (arXiv:2402.01613).
 
-Both have the model_type nomic_bert; `vlm.join` makes one model of a vision and a text tower. The
+Both have the model_type nomic_bert; `Bundle.with_text` makes one model of both towers. The
 vision tower is EVA-02's with an attention pool (arXiv:2406.18587), whose norm inside the MLPs has
 torch's default epsilon. The text tower is a BERT with rotary positions and gated MLPs without
 biases; the embedding of its only segment is folded into the table of tokens. nomic-embed-text-v1
@@ -108,8 +108,8 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
     tensors = weights(folder, *huggingface.WEIGHTS)
     if isinstance(config.vision, ViTConfig):
         _log.info(
-            "%s embeds images alone: vlm.join adds the text tower of its space, such as "
-            "nomic-embed-text-v1.5",
+            "%s embeds images alone: Bundle.with_text or `vlm convert --text` adds the text tower "
+            "of its space, nomic-embed-text of the same version",
             folder.name,
         )
         preprocess = huggingface.preprocess_config(folder, config.vision.image_size)

@@ -188,7 +188,8 @@ def reads(shapes: Shapes) -> bool:
 def owns(config: TextConfig) -> bool:
     """Whether a tower is one of these encoders, of any size."""
     if config.norm == "post":
-        return config.pad_id in (0, PAD_ID)
+        plain = config.positions == "learned" and config.mlp == "plain"
+        return plain and config.pad_id in (0, PAD_ID)
     return config.pad_id == PAD_ID and config.activation == "relu"
 
 

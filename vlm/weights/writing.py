@@ -47,6 +47,11 @@ def write_folder(
     Raises:
         CheckpointError: the folder exists already, or the format does not support something.
     """
+    if model.config.full_dim is not None:
+        raise CheckpointError(
+            f"{form} has no place for embeddings truncated to {model.config.embed_dim} dimensions: "
+            "save the model as a vlm bundle"
+        )
     for tower in (model.config.vision, model.config.text):
         if isinstance(tower, VisionModuleConfig | TextModuleConfig):
             raise CheckpointError(

@@ -7,6 +7,7 @@ from etils import epath
 from vlm.config import (
     FastViTConfig,
     ModelConfig,
+    NoVisionConfig,
     PreprocessConfig,
     ResNetConfig,
     TextConfig,
@@ -86,6 +87,10 @@ def open_clip_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         CheckpointError: lists all fields that open_clip's towers do not support.
     """
     vision, text = config.vision, config.text_transformer
+    if isinstance(vision, NoVisionConfig):
+        raise CheckpointError(
+            "open_clip has no models of texts alone: save the model as a vlm bundle instead"
+        )
     encoder = text_encoders.owns(text)  # has its own activation
     quick = encoder and isinstance(vision, ViTConfig) and vision.activation == "quick_gelu"
     quick = quick or text.activation == "quick_gelu"
