@@ -8,12 +8,13 @@ nomic-embed-vision-v1.5 and nomic-embed-text-v1.5. Truncation is Matryoshka repr
 import dataclasses
 from typing import Any, TypeVar, cast
 
+import jax.numpy as jnp
 from flax import nnx
 
 from vlm.config import ModelConfig
 from vlm.errors import ConfigError, warn_once
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights.instantiate import check_tower
+from vlm.weights.instantiate import abstract_model, check_tower
 
 B = TypeVar("B")  # Bundle, which imports this module
 
@@ -44,8 +45,10 @@ def with_text(self: B, text: B) -> B:
         )
     sizes = tuple(size for size in ours.matryoshka if size in theirs.matryoshka)
     config = dataclasses.replace(ours, text=theirs.text, matryoshka=sizes)
-    model = _copy(first.merged().model, config)
-    model.text = _copy(second.merged().model, theirs).text
+    images, texts = _copy(first.merged().model, ours), _copy(second.merged().model, theirs)
+    model = abstract_model(config, jnp.float32)  # whose parts are all replaced
+    model.vision, model.text = images.vision, texts.text
+    model.logit_scale, model.logit_bias = images.logit_scale, images.logit_bias
     name = f"{first.name} with {second.name}"
     return type(first)(model, first.preprocess, second.tokenizer, name, templates=first.templates)
 
@@ -72,8 +75,8 @@ def with_dimensions(self: B, dimensions: int) -> B:
     if dimensions not in (full, *config.matryoshka):
         sizes = ", ".join(map(str, config.matryoshka)) or "no size"
         warn_once(
-            f"{bundle.name}: embeddings are truncated to {dimensions} dimensions, and its files list "
-            f"{sizes} that it was trained for: other models lose accuracy by truncation"
+            f"{bundle.name}: embeddings are truncated to {dimensions} dimensions, and its files "
+            f"list {sizes} that it was trained for: other models lose accuracy by truncation"
         )
     config = dataclasses.replace(
         config, embed_dim=dimensions, full_dim=None if dimensions == full else full

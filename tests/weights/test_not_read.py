@@ -12,8 +12,6 @@ CASES = [
     ({"model_type": "qwen2_vl", "architectures": ["GmeQwen2VL"]}, "an embedder on a generative"),
     ({"model_type": "llava_next"}, "type llava_next, an embedder on a generative"),
     ({"model_type": "colpali"}, "type colpali, an embedder"),
-    ({"model_type": "jina_clip"}, "jina-clip, whose text tower.*siglip2-base"),
-    ({"model_type": "nomic_bert"}, "of nomic-embed, whose text tower.*siglip2-base"),
     (
         {"model_type": "clip", "architectures": ["LLM2CLIPModel"]},
         "LLM2CLIP, a CLIP whose texts are embedded by a language model",

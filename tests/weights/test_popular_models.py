@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import vlm
-from vlm.errors import CheckpointError
 from vlm.weights import catalogue
 from vlm.weights.hub import is_hub_id
 from vlm.weights.registry import open_checkpoint
@@ -26,11 +25,11 @@ with (Path(vlm.__file__).parent / "weights" / "popular_models.csv").open(newline
 READ = [row for row in ROWS if row["reads"] == "yes"]
 
 
-def test_28_of_30_are_read():
+def test_all_30_are_read():
     names = [row["model"] for row in ROWS]
     assert len(set(names)) == 30
     assert all(map(is_hub_id, names))
-    assert len(READ) == 28
+    assert len(READ) == 30
 
 
 @pytest.mark.parametrize("row", READ, ids=lambda row: row["model"])
@@ -46,11 +45,3 @@ def test_a_folder_of_its_layout_opens(row, tmp_path):
     assert checkpoint.tensors.shapes
     entry = catalogue.resolve(row["model"])
     assert entry is None or entry.name == row["model"]
-
-
-@pytest.mark.parametrize("row", [row for row in ROWS if row not in READ], ids=lambda r: r["model"])
-def test_the_others_are_refused_by_name(row, tmp_path):
-    about = {"model_type": row["checked_by"], "architectures": ["Model"]}
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(CheckpointError, match=f"{row['checked_by']}.* does not have|not have: use"):
-        vlm.load(tmp_path)

@@ -183,7 +183,8 @@ def _open_text(
         computed = bert_positions(tensors, _ROOT, text, first_position(text))
         tensors = ComputedTensors(tensors, *computed)
     layers = linear("dense.linear", "text.projection", bias=projection == "linear_bias")
-    tokenizer, length = _with_options(huggingface_tokenizer(inner, config), inner)
+    tokenizer = huggingface_tokenizer(inner, config)
+    tokenizer, length = _with_options(tokenizer, inner, text.context_length)
     return Checkpoint(
         folder.name,
         config,
@@ -201,15 +202,18 @@ def _open_text(
     )
 
 
-def _with_options(tokenizer: Tokenizer, inner: epath.Path) -> tuple[Tokenizer, int]:
-    """Return the tokenizer of an encoder with its options, and the length of a text by default."""
+def _with_options(tokenizer: Tokenizer, inner: epath.Path, positions: int) -> tuple[Tokenizer, int]:
+    """Return the tokenizer of an encoder with its options, and the length of a text by default.
+
+    `max_seq_length` overrides the tokenizer's own length, as in sentence-transformers.
+    """
     settings, length = inner / _OPTIONS, tokenizer.config.context_length
     options = read_json(settings) if settings.exists() else {}
     most = integer(options.get("max_seq_length") or length, f"{settings}: max_seq_length")
     if boolean(options.get("do_lower_case") or False, f"{settings}: do_lower_case"):
         lower = dataclasses.replace(tokenizer.config, lowercase=True)
         tokenizer = tokenizer.with_rules(lower)
-    return tokenizer, min(most, length)
+    return tokenizer, min(most, positions)
 
 
 def _open_nomic(
@@ -223,7 +227,7 @@ def _open_nomic(
     text = dataclasses.replace(config.text_transformer, pool=pool)
     config = dataclasses.replace(config, text=text)
     checkpoint = nomic.open_checkpoint(inner, values, config)
-    tokenizer, length = _with_options(checkpoint.tokenizer, inner)
+    tokenizer, length = _with_options(checkpoint.tokenizer, inner, text.context_length)
     same = {"name": folder.name, "tokenizer": tokenizer, "context_length": length}
     return dataclasses.replace(checkpoint, **same)
 
