@@ -5,7 +5,7 @@ Run with the extra `peers` installed: python tests/weights/make_nomic_jina.py [N
 No released library has these models as a whole, so the outputs come from what each has of them:
 
 - st_nomic: transformers' NomicBertModel with sentence-transformers' pooling.
-- one_nomic: `nomic_vision` below, a restatement of the published NomicVisionModel.
+- nomic_vision: `nomic_vision` below, a restatement of the published NomicVisionModel.
 - hf_jina_v1: images by timm's Eva; texts by `jinabert` below, a restatement of JinaBERT with ALiBi
   (arXiv:2310.19923). The names of its tensors are those of jina-bert-flash-implementation.
 - hf_jina_v2: images by timm's Eva; texts by transformers' JinaEmbeddingsV3Model, whose weights are
@@ -386,7 +386,7 @@ def record(name, texts, root, text_config, made, seed, embed, **more) -> None:
 
 
 MODELS = {
-    "st_nomic": nomic_text, "one_nomic": nomic_images, "hf_jina_v1": jina_v1,
+    "st_nomic": nomic_text, "nomic_vision": nomic_images, "hf_jina_v1": jina_v1,
     "hf_jina_v2": jina_v2,
 }  # fmt: skip
 

@@ -41,8 +41,8 @@ def changed(name, part, changes, tmp_path):
 
 
 def test_nomic_vision_embeds_as_published():
-    golden = np.load(GOLDEN / "one_nomic" / "image.npz")
-    model = vlm.load(GOLDEN / "one_nomic")
+    golden = np.load(GOLDEN / "nomic_vision" / "image.npz")
+    model = vlm.load(GOLDEN / "nomic_vision")
     z = np.asarray(model.model.encode_image(jnp.asarray(golden["pixels"])))
     assert np.abs(z - unit(golden["z_image"])).max() < 3e-6
     raw = [golden[f"image/{i}"] for i in range(len(z))]
@@ -92,11 +92,11 @@ def test_positions_that_are_scaled_end_where_their_training_did(tmp_path):
         ("st_nomic", (), {"moe_every_n_layers": 2}, "moe_every_n_layers is 2"),
         ("st_nomic", (), {"rotary_emb_fraction": 0.5}, "rotary_emb_fraction is 0.5"),
         ("st_nomic", (), {"qkv_proj_bias": True}, r"missing from the file: .*Wqkv\.bias"),
-        ("one_nomic", (), {"learned_pos_embedding": True}, "learned_pos_embedding is True"),
-        ("one_nomic", (), {"global_pool": "avg"}, "global_pool is 'avg'"),
-        ("one_nomic", (), {"ref_feat_shape": [3, 4]}, "not a square grid"),
-        ("one_nomic", (), {"norm_mlp": False}, r"without a place in the model: .*mlp\.norm"),
-        ("one_nomic", (), {"num_channels": 1}, "1 channels"),
+        ("nomic_vision", (), {"learned_pos_embedding": True}, "learned_pos_embedding is True"),
+        ("nomic_vision", (), {"global_pool": "avg"}, "global_pool is 'avg'"),
+        ("nomic_vision", (), {"ref_feat_shape": [3, 4]}, "not a square grid"),
+        ("nomic_vision", (), {"norm_mlp": False}, r"without a place in the model: .*mlp\.norm"),
+        ("nomic_vision", (), {"num_channels": 1}, "1 channels"),
         ("hf_jina_v2", (), {"add_projections": True}, "add_projections is True"),
         ("hf_jina_v2", ("text_config",), {"default_lora_task": "x"}, "'x' is not in lora_adapt"),
         ("hf_jina_v2", ("text_config",), {"hf_model_name_or_path": "x"}, "hf_model_name_or_path"),
@@ -135,7 +135,7 @@ def test_the_adapter_is_named_and_can_be_another(tmp_path, caplog):
     assert np.array_equal(vlm.load(folder).encode_text("a cat"), z[None])
 
 
-@pytest.mark.parametrize("name", ["st_nomic", "one_nomic", "hf_jina_v1", "hf_jina_v2"])
+@pytest.mark.parametrize("name", ["st_nomic", "nomic_vision", "hf_jina_v1", "hf_jina_v2"])
 def test_bundles_keep_all_and_other_formats_refuse(name, tmp_path):
     model = vlm.load(GOLDEN / name)
     model.save(tmp_path / "bundle")
