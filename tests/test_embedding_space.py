@@ -48,7 +48,11 @@ def test_halves_of_dual_encoders_are_joined_too():
 @pytest.mark.parametrize(
     ("images", "texts", "message"),
     [
-        ("nomic_vision", "st_nomic", "nomic_vision embeds images in 16 dimensions and st_nomic texts in"),
+        (
+            "nomic_vision",
+            "st_nomic",
+            "nomic_vision embeds images in 16 dimensions and st_nomic",
+        ),
         ("st_nomic", "st_nomic", "st_nomic has no vision tower"),
         ("one_dinov2", "one_dinov2", "one_dinov2 has no text tower"),
     ],

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from vlm.nn import tpu_attention
 from vlm.nn.auto_axes import auto_axes
@@ -21,6 +21,7 @@ from vlm.nn.layers import LayerNorm, linear
 from vlm.nn.positions import Rotation, rotate
 from vlm.nn.remat import ATTENDED, PROJECTED
 from vlm.sharding import batch_ways, free_batch_axes, mesh_of
+
 
 def attend(
     query: Float[Array, "#b q h d"],
