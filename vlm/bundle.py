@@ -23,7 +23,6 @@ from jaxtyping import Float32, Int32, UInt8
 
 from vlm.config import LOSS_SCORES, AdapterConfig, ModelConfig
 from vlm.display import FactSheet, progress_bar
-from vlm.embedding_space import with_dimensions, with_text
 from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.batches import batch_size_of, pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
@@ -36,6 +35,7 @@ from vlm.models.text import shortened
 from vlm.nn.naflex import Patches
 from vlm.paths import keep_compiled_programs
 from vlm.sharding import replicated, shardings, to_host
+from vlm.spaces import with_dimensions, with_text
 from vlm.video import encode_video, video_logits
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
