@@ -138,6 +138,17 @@ def test_the_adapter_is_named_and_can_be_another(tmp_path, caplog):
     assert np.array_equal(vlm.load(folder).encode_text("a cat"), z[None])
 
 
+def test_jina_clip_with_the_files_of_sentence_transformers(tmp_path):
+    folder = shutil.copytree(GOLDEN / "hf_jina_v2", tmp_path / "jina")
+    modules = [
+        {"idx": 0, "path": "", "type": "custom_st.Transformer"},
+        {"idx": 1, "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    same = vlm.load(GOLDEN / "hf_jina_v2").encode_text("a cat")
+    assert np.array_equal(vlm.load(folder).encode_text("a cat"), same)
+
+
 @pytest.mark.parametrize("name", ["st_nomic", "nomic_vision", "hf_jina_v1", "hf_jina_v2"])
 def test_bundles_keep_all_and_other_formats_refuse(name, tmp_path):
     model = vlm.load(GOLDEN / name)

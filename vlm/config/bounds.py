@@ -70,8 +70,8 @@ _FLOATS = _by_field(
             "eval_every",
         ),
         Bounds(0, 1, open_low=True): (
-            "norm_eps", "EfficientNetConfig.squeeze", "crop", "layer_decay", "resolution_schedule",
-            "checkpoint_every",
+            "norm_eps", "mlp_norm_eps", "EfficientNetConfig.squeeze", "crop", "layer_decay",
+            "resolution_schedule", "checkpoint_every",
         ),
         Bounds(0, 1, open_high=True): (
             "dropout", "patch_dropout", "text_masking", "hold_out", "warmup", "b1", "b2", "ema",
@@ -87,7 +87,8 @@ _FLOATS = _by_field(
         Bounds(0, 1e9): ("alpha", "weight", "caption_weights", "task", "relations", "features"),
         Bounds(0, 1e9, open_low=True): (
             "init_scale", "epochs", "temperature", "mixture_temperature", "eps", "clip_norm",
-            "max_scale", "seconds", "checkpoint_minutes", "keep_hours", "rotary_bases", "softcap",
+            "max_scale", "seconds", "checkpoint_minutes", "keep_hours", "rotary_base",
+            "rotary_bases", "softcap",
         ),
         Bounds(-1e300, 1e300): ("at_least", "at_most", "options"),
     }
