@@ -112,12 +112,14 @@ Write a model as a folder: weights, image preprocessing and tokenizer together.
 
 A model that the format cannot describe in full is refused; the error lists the
 unsupported features. The token ids of 10,000 texts are compared, and
-differences are printed with examples.
+differences are printed with examples. With --text, the towers of two
+checkpoints that were trained in one space become one model.
 
 Examples:
   vlm convert runs/openmoji my-bundle
   vlm convert ViT-B-32 vit-b-32-hf --format huggingface
   vlm convert logs/run/checkpoints/epoch_32.pt my-clip --architecture ViT-B-32
+  vlm convert nomic-embed-vision-v1.5 nomic --text nomic-embed-text-v1.5
 
 Arguments:
   MODEL                         A run folder, a bundle, a Hub id, or a name of
@@ -136,6 +138,11 @@ Options:
                                 weights alone: open_clip's, such as ViT-B-32,
                                 timm's of a plain ViT, or a recipe's such as
                                 clip-B/16 (default: none)
+  --text TEXT                   Model whose text tower is joined to the vision
+                                tower of MODEL (default: none)
+  --dimensions INTEGER          Truncate embeddings to this many dimensions, for
+                                models that were trained for it (Matryoshka)
+                                (default: none)
 
 vlm convert --help PATTERN shows the options that match.""",
 }
