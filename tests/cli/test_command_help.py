@@ -119,7 +119,7 @@ Examples:
   vlm convert runs/openmoji my-bundle
   vlm convert ViT-B-32 vit-b-32-hf --format huggingface
   vlm convert logs/run/checkpoints/epoch_32.pt my-clip --architecture ViT-B-32
-  vlm convert nomic-embed-vision-v1.5 nomic --text nomic-embed-text-v1.5
+  vlm convert VISION-FOLDER joined --text TEXT-FOLDER
 
 Arguments:
   MODEL                         A run folder, a bundle, a Hub id, or a name of

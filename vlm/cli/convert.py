@@ -28,7 +28,7 @@ def convert(
       vlm convert runs/openmoji my-bundle
       vlm convert ViT-B-32 vit-b-32-hf --format huggingface
       vlm convert logs/run/checkpoints/epoch_32.pt my-clip --architecture ViT-B-32
-      vlm convert nomic-embed-vision-v1.5 nomic --text nomic-embed-text-v1.5
+      vlm convert VISION-FOLDER joined --text TEXT-FOLDER
 
     Args:
         format: output format.
