@@ -1,11 +1,11 @@
-"""Thirty image-text models that listings name most, by the layout that they have on the Hub.
+"""The thirty image-text models with the most downloads a month that public listings show.
 
-No dated ranking of downloads could be read, so this is no ranking. The models are those that the
-documentation of transformers, open_clip, sentence-transformers and Immich names, and models of
-single domains. For each, a folder of random weights in the same layout is read and compared with
-its reference implementation in `test_golden.py` and `test_sentence_transformers.py`; those with the
-most models are compared at full width in `tests/peers/test_full_width.py` and
-`test_architectures.py`.
+No single dated listing could be read. The figures, which `popular_models.csv` has, are of a
+catalogue of Hub figures (after July 2025) and of the Hub's own pages; those of one model differ up
+to four times between dates, so the order after the first ten is weak. For each model that is read,
+a folder of random weights in the same layout is compared with its reference implementation in
+`test_golden.py` or beside its family; those with the most downloads are compared at full width in
+`tests/peers/test_full_width.py` and `test_architectures.py`.
 """
 
 import csv
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import vlm
+from vlm.errors import CheckpointError
 from vlm.weights import catalogue
 from vlm.weights.hub import is_hub_id
 from vlm.weights.registry import open_checkpoint
@@ -25,11 +26,13 @@ with (Path(vlm.__file__).parent / "weights" / "popular_models.csv").open(newline
 READ = [row for row in ROWS if row["reads"] == "yes"]
 
 
-def test_all_30_are_read():
+def test_28_of_30_are_read():
     names = [row["model"] for row in ROWS]
     assert len(set(names)) == 30
     assert all(map(is_hub_id, names))
-    assert len(READ) == 30
+    downloads = [int(row["downloads"]) for row in ROWS]
+    assert downloads == sorted(downloads, reverse=True)
+    assert len(READ) == 28
 
 
 @pytest.mark.parametrize("row", READ, ids=lambda row: row["model"])
@@ -45,3 +48,11 @@ def test_a_folder_of_its_layout_opens(row, tmp_path):
     assert checkpoint.tensors.shapes
     entry = catalogue.resolve(row["model"])
     assert entry is None or entry.name == row["model"]
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in READ], ids=lambda r: r["model"])
+def test_the_others_are_refused_by_name(row, tmp_path):
+    about = {"model_type": row["checked_by"], "architectures": ["Model"]}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=row["checked_by"]):
+        vlm.load(tmp_path)

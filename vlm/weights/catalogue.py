@@ -206,10 +206,13 @@ def table(entries: Sequence[Entry] = ENTRIES) -> tuple[list[str], list[list[str]
 
 
 def popular() -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of models that listings name most, by their layout on the Hub."""
+    """Return the columns and rows of the models with most downloads, by their layout on the Hub."""
     rows = _read("popular_models.csv")
-    columns = ["model", "layout on the Hub", "read"]
-    return columns, [[row["model"], row["layout"], row["reads"]] for row in rows]
+    columns = ["model", "downloads a month", "figure of a", "layout on the Hub", "read"]
+    return columns, [
+        [r["model"], f"{int(r['downloads']):,}", r["figure_from"], r["layout"], r["reads"]]
+        for r in rows
+    ]
 
 
 def _row(e: Entry) -> list[str]:
