@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from vlm.nn.intermediates import Intermediates, capture
 
 # Softmax weights made at a time, for sequences longer than `_LONG`: 4 MiB of float32 stay in the
-# cache. Of whole batches, XLA allocates them anew in each layer, and page faults take most time.
+# cache. Those of whole batches are allocated again in each layer, and page faults take most time.
 _WEIGHTS = 1 << 20
 _LONG = 256
 # True where a query may attend, or numbers to add to the logits.
