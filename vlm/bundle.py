@@ -134,6 +134,7 @@ class Bundle(FactSheet):
         terminals and notebooks.
 
         Raises:
+            ConfigError: a model of videos, texts alone, or several vectors of an image (BLIP-2).
             DataError: an image is missing or unreadable; the message names it.
         """
         instantiate.check_images(self.model, self.name)
@@ -173,6 +174,7 @@ class Bundle(FactSheet):
 
     def encode_pixels(self, rows: UInt8[np.ndarray, "n h w 3"] | Patches) -> Float32[Any, "n d"]:
         """Encode one batch of `preprocess.collate` to unit-norm embeddings."""
+        instantiate.check_images(self.model, self.name)
         count = len(rows.mask if isinstance(rows, Patches) else rows)
         return self._run(self._image_program, [rows], 1 << (count - 1).bit_length())
 

@@ -1,4 +1,4 @@
-"""Writes goldens of AIMv2, FLAVA, OWLv2, GroupViT and InternVL: small random models.
+"""Writes goldens of AIMv2, FLAVA, OWLv2, GroupViT, BLIP-2 and InternVL: small random models.
 
 Run with the extra `peers` installed: python tests/weights/make_more_encoders.py [NAME ...]
 """
@@ -14,6 +14,9 @@ from transformers import (
     Aimv2Model,
     Aimv2VisionConfig,
     Aimv2VisionModel,
+    Blip2Config,
+    Blip2ForImageTextRetrieval,
+    BlipImageProcessorPil,
     CLIPImageProcessorPil,
     FlavaConfig,
     FlavaForPreTraining,
@@ -89,6 +92,25 @@ def groupvit(name: str, seed: int) -> None:
     record(name, model, CLIPImageProcessorPil(**CROP), "clip", made, seed, embed)
 
 
+def blip2(name: str, seed: int) -> None:
+    made = vocabulary_of("bert")
+    vocabulary = made[0]
+    config = Blip2Config(
+        vision_config=VISION,
+        qformer_config=text_of("bert", *made)
+        | {"use_qformer_text_input": True, "num_hidden_layers": 3},
+        text_config={
+            "model_type": "opt", "hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "vocab_size": 8, "word_embed_proj_dim": 8,
+        },
+        num_query_tokens=5,
+        image_text_hidden_size=16,
+    )  # fmt: skip
+    vocabulary.add_special_tokens(["<image>"])  # as its processor does, without a row in the table
+    model = Blip2ForImageTextRetrieval(config)
+    record(name, model, BlipImageProcessorPil(size=SQUARE), "bert", made, seed, embed)
+
+
 def internvl(name: str, seed: int, **options) -> None:
     config = InternVLVisionConfig(**VISION, **options)
     processor = GotOcr2ImageProcessorPil(size={"height": 40, "width": 40})
@@ -112,9 +134,13 @@ MODELS = {
     "hf_flava": lambda: flava("hf_flava", FlavaModel, 33, qkv_bias=False),
     "hf_owlv2": lambda: owlv2("hf_owlv2", 35),
     "hf_groupvit": lambda: groupvit("hf_groupvit", 36),
+    "hf_blip2": lambda: blip2("hf_blip2", 40),
     "one_internvl": lambda: internvl("one_internvl", 37, norm_type="rms_norm"),
     "one_internvl_class": lambda: internvl(
         "one_internvl_class", 38, use_mean_pooling=False, attention_bias=True, use_mask_token=True
+    ),
+    "one_internvl_qk_norm": lambda: internvl(
+        "one_internvl_qk_norm", 39, norm_type="rms_norm", use_qk_norm=True
     ),
     "hf_flava_pretraining": lambda: flava("hf_flava_pretraining", FlavaForPreTraining, 34),
 }

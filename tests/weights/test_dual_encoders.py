@@ -80,7 +80,6 @@ def changed(name, part, changes, tmp_path):
             {"architectures": ["BlipForQuestionAnswering"]},
             "vlm reads BlipForImage",
         ),
-        ("hf_blip", None, {"model_type": "blip-2"}, "several vectors of an image"),
         ("hf_blip", "vision_config", {"num_channels": 4}, "4 channels"),
         (
             "hf_flava",

@@ -23,6 +23,8 @@ from vlm.config.efficientnet import EfficientNetConfig as EfficientNetConfig
 from vlm.config.efficientnet import EfficientNetStage as EfficientNetStage
 from vlm.config.encoders import EncoderTextConfig as EncoderTextConfig
 from vlm.config.evaluation import EvalConfig as EvalConfig
+from vlm.config.fastvit import FastViTConfig as FastViTConfig
+from vlm.config.fastvit import FastViTStage as FastViTStage
 from vlm.config.files import check_types as check_types
 from vlm.config.files import from_dict as from_dict
 from vlm.config.files import load_config as load_config
@@ -50,13 +52,12 @@ from vlm.config.phases import in_phase as in_phase
 from vlm.config.placeholders import require_bucket as require_bucket
 from vlm.config.placeholders import with_bucket as with_bucket
 from vlm.config.placeholders import without_evals as without_evals
+from vlm.config.qformer import QFormerConfig as QFormerConfig
 from vlm.config.resnet_v1 import ResNetV1Config as ResNetV1Config
 from vlm.config.selection import SelectionConfig as SelectionConfig
 from vlm.config.swin import SwinConfig as SwinConfig
 from vlm.config.towers import Activation as Activation
 from vlm.config.towers import ConvNeXtConfig as ConvNeXtConfig
-from vlm.config.towers import FastViTConfig as FastViTConfig
-from vlm.config.towers import FastViTStage as FastViTStage
 from vlm.config.towers import MlpKind as MlpKind
 from vlm.config.towers import NormKind as NormKind
 from vlm.config.towers import ResNetConfig as ResNetConfig

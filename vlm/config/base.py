@@ -139,6 +139,11 @@ class VisionTower(Config):
         """The number of frames that a tower of videos takes at once; None for one of images."""
         return None
 
+    @property
+    def vectors(self) -> int:
+        """The number of vectors of an image; a score is the largest of their cosines."""
+        return 1
+
     def check_space(self, embed_dim: int) -> None:
         """Raise a ConfigError if the tower cannot embed into `embed_dim` dimensions."""
         check_projection(self, embed_dim)

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlm.config.absent_towers import NoVisionConfig
-from vlm.config.base import Config, VisionTower
+from vlm.config.base import VisionTower
 from vlm.config.bounds import check_activation, check_grid_pool, check_heads
 from vlm.config.code import ImportPath
 from vlm.config.efficientnet import EfficientNetConfig
+from vlm.config.fastvit import FastViTConfig
 from vlm.config.groupvit import GroupViTConfig
 from vlm.config.module_towers import VisionModuleConfig
+from vlm.config.qformer import QFormerConfig
 from vlm.config.resnet_v1 import ResNetV1Config
 from vlm.config.swin import SwinConfig
 from vlm.config.video_towers import VideoPrismConfig, XCLIPConfig
@@ -52,7 +54,8 @@ class ViTConfig(VisionTower):
         pool: Pooling. class: a learned first token; mean: of all tokens; map: attention pooling
             (SigLIP); class_map: the same with a gated MLP, added to the first token
             (nomic-embed-vision); query: CoCa's attentional pooler; probe: attention of a learned
-            query without a projection, norm or MLP (AIMv2).
+            query without a projection, norm or MLP (AIMv2); qformer: several vectors, by a Q-Former
+            (BLIP-2).
         pool_heads: Number of heads of map, query and probe pooling. None: `heads`.
         pool_mlp_dim: Width of the hidden layer of map pooling's MLP. None: `mlp_dim`.
         class_token: Add a learned first token, also with other kinds of pooling.
@@ -70,6 +73,7 @@ class ViTConfig(VisionTower):
             two norms of the input (ViTamin); geglu_plain: gated, without the second of them.
         attention_norm: Add a norm before the output layer of attention (EVA-02).
         key_bias: Add a bias to the keys of attention.
+        qk_norm: Add an RMSNorm to all channels of the queries and of the keys (InternVL-6B).
         pooler: For pool class: a linear layer and a tanh after the norm (transformers' ViTModel).
         position: Add learned positions to the tokens; DINOv3 has rotary ones only.
         projection: Layer from the pooled token to the shared space. mlp_bias: two layers, the first
@@ -81,6 +85,7 @@ class ViTConfig(VisionTower):
             patches; image_size is then that of the grid of positions. None: square images.
         dropout: Dropout rate in training.
         patch_dropout: Fraction of patches dropped in training (FLIP).
+        qformer: For pool qformer: the Q-Former.
 
     Example:
         >>> vlm.ViTConfig(image_size=224, patch_size=16, pool="map").tokens()
@@ -106,7 +111,7 @@ class ViTConfig(VisionTower):
     rotary: int | None = None
     rotary_span: int | None = None
     rotary_rows_first: bool = False
-    pool: Literal["class", "mean", "map", "class_map", "query", "probe"] = "map"
+    pool: Literal["class", "mean", "map", "class_map", "query", "probe", "qformer"] = "map"
     pool_heads: int | None = None
     pool_mlp_dim: int | None = None
     class_token: bool = False
@@ -132,6 +137,8 @@ class ViTConfig(VisionTower):
     norm_kind: NormKind = "layer"
     last_norm: bool = True
     mlp_norm_eps: float | None = None
+    qk_norm: bool = False
+    qformer: QFormerConfig | None = None
 
     def check(self):
         check_heads(self)
@@ -143,8 +150,14 @@ class ViTConfig(VisionTower):
                 f"ViTConfig.pooler follows the class token, and pool is {self.pool!r}: set pool to "
                 '"class"'
             )
-        if self.pool == "query" and self.projection == "none":
-            raise ConfigError('ViTConfig.pool "query" needs a projection: set it to "linear"')
+        if self.pool in ("query", "qformer") and self.projection == "none":
+            raise ConfigError(
+                f'ViTConfig.pool "{self.pool}" needs a projection: set it to "linear"'
+            )
+        if (self.pool == "qformer") != (self.qformer is not None):
+            raise ConfigError(
+                f'ViTConfig.pool is "{self.pool}" and qformer {self.qformer}: a Q-Former needs both'
+            )
         # Pixels left over at the right and bottom are ignored, as in SigLIP So400m/14@384.
         super().check()
         if self.stem == "linear":
@@ -183,6 +196,10 @@ class ViTConfig(VisionTower):
     def prefix_tokens(self) -> int:
         """Number of class and register tokens."""
         return self.has_class_token + self.registers
+
+    @property
+    def vectors(self) -> int:
+        return 1 if self.qformer is None else self.qformer.queries
 
     @property
     def one_size(self) -> str | None:
@@ -254,94 +271,6 @@ class ResNetConfig(VisionTower):
         # The first convolution rounds an odd side up, and later ones round down.
         halved = -(-(image_size or self.image_size) // 2)
         return (halved // (self.patch_size // 2)) ** 2 + 1
-
-
-@dataclass(frozen=True)
-class FastViTStage(Config):
-    """A stage of FastViT: `depth` blocks of one width, each a token mixer and an MLP.
-
-    Args:
-        depth: Number of blocks.
-        width: Channels of the stage.
-        mlp_dim: Width of the hidden layer of a block's MLP.
-        heads: Number of attention heads of the token mixer. 0: a 3x3 convolution in place of
-            attention.
-        norm: Normalise before the attention.
-        halve: Start with a 7x7 convolution of stride 2.
-        squeeze: Hidden channels of that convolution's squeeze-and-excitation. 0: it has none.
-        position: Encode positions by a 7x7 convolution (arXiv:2102.10882).
-
-    Example:
-        >>> from vlm.config import FastViTStage
-        >>> FastViTStage(depth=2, width=64, mlp_dim=192).halve
-        True
-    """
-
-    depth: int
-    width: int
-    mlp_dim: int
-    heads: int = 0
-    norm: bool = False
-    halve: bool = True
-    squeeze: int = 0
-    position: bool = False
-
-
-@dataclass(frozen=True)
-class FastViTConfig(VisionTower):
-    """FastViT after reparameterisation, as in MobileCLIP (Vasu et al., 2023, arXiv:2303.14189).
-
-    Args:
-        stem_width: Channels of the stem.
-        stages: The stages in order.
-        width: Channels of the last convolution, which is mean-pooled and projected.
-        squeeze: Hidden channels of squeeze-and-excitation after the last convolution.
-        image_size: Side of the square image, in pixels.
-        norm_eps: Epsilon of the layer norms.
-
-    Example:
-        >>> from vlm.config import FastViTStage
-        >>> stages = FastViTStage(2, 64, 192, halve=False), FastViTStage(2, 128, 384)
-        >>> vlm.FastViTConfig(stem_width=64, stages=stages, width=256, squeeze=16).patch_size
-        8
-    """
-
-    kind: ClassVar[str] = "fastvit"
-
-    stem_width: int
-    stages: tuple[FastViTStage, ...]
-    width: int
-    squeeze: int
-    image_size: int = 256
-    norm_eps: float = 1e-5
-
-    def check(self):
-        inputs = self.stem_width
-        for number, stage in enumerate(self.stages):
-            where = f"FastViTStage {number}"
-            if stage.heads and stage.width % stage.heads:
-                raise ConfigError(
-                    f"{where}: width {stage.width} is not a multiple of heads {stage.heads}"
-                )
-            if stage.width % inputs or not (stage.halve or stage.width == inputs):
-                raise ConfigError(
-                    f"{where}: width {stage.width} after {inputs}: a stage that halves takes a "
-                    "multiple of the width before it, and another the same width"
-                )
-            inputs = stage.width
-        if self.width % inputs:
-            raise ConfigError(
-                f"FastViTConfig.width {self.width} is not a multiple of the last stage's {inputs}"
-            )
-        super().check()
-
-    @property
-    def patch_size(self) -> int:
-        return 4 * 2 ** sum(stage.halve for stage in self.stages)
-
-    def tokens(self, image_size: int | None = None, *, training: bool = False) -> int:
-        """Number of positions of the last convolution."""
-        return (-(-(image_size or self.image_size) // self.patch_size)) ** 2
 
 
 @dataclass(frozen=True)

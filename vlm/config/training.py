@@ -346,6 +346,11 @@ class Experiment(Config):
                 f"the vision tower of kind {vision.kind!r} takes videos, and vlm trains on images: "
                 "start from an image model, such as ViT-B-32"
             )
+        if vision.vectors > 1:
+            raise ConfigError(
+                f"the vision tower makes {vision.vectors} vectors of an image, and the losses take "
+                "one: start from another model, such as ViT-B-32"
+            )
         if self.preprocess is not None and self.preprocess.image_size != vision.image_size:
             raise ConfigError(
                 f"preprocess.image_size {self.preprocess.image_size} is not the model's "

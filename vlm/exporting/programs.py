@@ -100,6 +100,11 @@ def _problem(bundle: Bundle, name: Name, classifier: Any) -> str:
             f"{bundle.name} takes videos, and an exported program takes images: export only its "
             "text tower, or an image model"
         )
+    if needed == "vision" and bundle.config.vision.vectors > 1:
+        return (
+            f"{bundle.name} makes several vectors of an image, and an exported program one: export "
+            "only its text tower, or another model"
+        )
     if needed == "vision" and bundle.preprocess.config.resize == "naflex":
         return (
             f"{bundle.name} takes images of any aspect (NaFlex), and an exported program takes "

@@ -20,6 +20,7 @@ import vlm.config
 from vlm._version import __version__
 from vlm.errors import CheckpointError
 from vlm.heads.encoder import Encoder
+from vlm.heads.token_embeddings import image_tokens, several_vectors
 from vlm.sharding import to_host
 from vlm.weights.fingerprint import fingerprint_of_arrays
 from vlm.weights.rules import flat_arrays
@@ -138,10 +139,17 @@ def _probes(model: Encoder) -> dict[str, Callable[[], np.ndarray]]:
     config = getattr(getattr(model, "bundle", model), "config", None)
     probes: dict[str, Callable[[], np.ndarray]] = {
         "probe_text": lambda: np.asarray(model.encode_text([PROBE_TEXT]), np.float32)[0],
-        "probe_image": lambda: np.asarray(model.encode_image([PROBE_IMAGE]), np.float32)[0],
+        "probe_image": lambda: _first_vector(model),
     }
     kinds = {name: getattr(getattr(config, t, None), "kind", "") for name, t in _TOWERS.items()}
     return {name: probe for name, probe in probes.items() if kinds[name] != "none"}
+
+
+def _first_vector(model: Encoder) -> np.ndarray:
+    """Return the embedding of the probe image, or the first if there are several."""
+    if several_vectors(model):
+        return image_tokens(model, [PROBE_IMAGE])[0][0]
+    return np.asarray(model.encode_image([PROBE_IMAGE]), np.float32)[0]
 
 
 def check_identity(stored: dict[str, Any], model: Encoder, where: Path) -> None:

@@ -31,7 +31,7 @@ from vlm.heads.max_similarity import (
 )
 from vlm.heads.model_identity import check_identity, identity
 from vlm.heads.prompts import normalise
-from vlm.heads.token_embeddings import image_tokens, text_tokens
+from vlm.heads.token_embeddings import image_tokens, several_vectors, text_tokens
 from vlm.inputs.opening import ImageLike, is_image
 from vlm.weights.fields import choice, fields, integer, read_json_of_format
 from vlm.weights.new_folder import new_folder
@@ -51,7 +51,8 @@ class MultiVectorIndex:
     The score of an item is the sum, over the vectors of the query, of the largest cosine with a
     vector of the item. Divide it by the number of query vectors for FILIP's mean. A `str` is a
     text; a path, a PIL image or uint8 pixels are an image; a float array of shape (t, d) is the
-    vectors of one item, of any model, and is scaled to unit norm.
+    vectors of one item, of any model, and is scaled to unit norm. BLIP-2 has several vectors of an
+    image and one of a text, so that the score of an image is its own: their largest cosine.
 
     Args:
         model: a model from `vlm.load`, which encodes images and texts. None: all items and queries
@@ -293,7 +294,8 @@ class MultiVectorIndex:
                 "give an array of vectors of shape (t, d), or MultiVectorIndex(model)"
             )
         found: dict[int, np.ndarray] = {i: np.asarray(items[i], np.float32) for i in given}
-        for at, encode in ((texts, text_tokens), (images, image_tokens)):
+        of_texts = _one_of_each_text if several_vectors(self.model) else text_tokens
+        for at, encode in ((texts, of_texts), (images, image_tokens)):
             if at and self.model is not None:
                 found |= dict(zip(at, encode(self.model, [items[i] for i in at]), strict=True))
         for i in range(len(items)):
@@ -347,6 +349,10 @@ class MultiVectorIndex:
             found[0].append(at[best])
             found[1].append(scores)
         return found
+
+
+def _one_of_each_text(model: Bundle, texts: list[str]) -> Queries:
+    return list(model.encode_text(texts)[:, None])
 
 
 def _is_vectors(item: Any, dimensions: int = 2) -> bool:

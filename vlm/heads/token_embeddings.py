@@ -1,12 +1,14 @@
 """Several vectors for each image or text: one for each patch, and one for each token.
 
 They are for late interaction (`vlm.heads.MultiVectorIndex`), as in FILIP (arXiv:2111.07783): each
-position passes through the pooling and projection of its tower alone.
+position passes through the pooling and projection of its tower alone. A Q-Former (BLIP-2) makes
+several vectors of an image by itself, which were trained to be compared with one of a text.
 """
 
 import functools
 import itertools
 from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -24,6 +26,11 @@ from vlm.weights.instantiate import check_images, check_tower
 Vectors = Float[np.ndarray, "_ d"]
 
 
+def several_vectors(model: Any) -> TypeGuard[Bundle]:
+    """Return True if a model makes several vectors of an image and one of a text, as BLIP-2."""
+    return isinstance(model, Bundle) and model.config.vision.vectors > 1
+
+
 def image_tokens(
     model: Bundle,
     images: ImageLike | Iterable[ImageLike],
@@ -33,7 +40,8 @@ def image_tokens(
 ) -> list[Vectors]:
     """Compute unit-norm vectors of the patches of each image, in row-major order.
 
-    Padding of NaFlex is left out. Arguments are those of `Bundle.encode_image`.
+    Padding of NaFlex is left out. With a Q-Former they are those of its queries. Arguments are
+    those of `Bundle.encode_image`.
 
     Raises:
         ConfigError: a model without a vision tower, or a tower without `dense`.
@@ -43,7 +51,7 @@ def image_tokens(
         >>> [z.shape for z in vlm.heads.image_tokens(model, pictures[:2])]
         [(4, 16), (4, 16)]
     """
-    check_images(model.model, model.name)
+    check_images(model.model, model.name, several=True)
     graph, state = _split(model, "vision")
     size, found = batch_size_of(batch_size), []
     for rows in pixel_batches(model.preprocess, one_or_many(images), size, on_error):

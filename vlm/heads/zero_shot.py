@@ -21,6 +21,7 @@ from vlm.heads.encoder import Encoder, Rule
 from vlm.heads.inputs import Images
 from vlm.heads.prompts import cached_embeddings, class_prompts, indices, leaves_of
 from vlm.heads.templates import choose_templates
+from vlm.heads.token_embeddings import image_tokens, several_vectors
 from vlm.inputs.opening import OnError, one_or_many
 
 Embeddings = np.ndarray | Array
@@ -149,6 +150,7 @@ class ImageClassifier(abc.ABC):
 
     model: Encoder
     labels: tuple[str, ...]
+    _several = False  # whether `logits` takes several vectors of an image
 
     @property
     def rule(self) -> Rule:
@@ -167,7 +169,9 @@ class ImageClassifier(abc.ABC):
         A stream is encoded in bounded memory; the logits of all images are kept. `on_error` is
         called for each unreadable image, which then has no row: see `Bundle.encode_image`.
         """
-        z_image, first = encode_images(self.model, images, batch_size, on_error)
+        z_image, first = encode_images(
+            self.model, images, batch_size, on_error, several=self._several
+        )
         return Classification(self.labels, np.asarray(self.logits(z_image)), self.rule, first)
 
     classify = __call__
@@ -196,6 +200,8 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         multi_label: score labels independently. For a model of the softmax loss, each label is
             compared with `other_label` ("a photo." by default).
 
+    With several vectors of an image (BLIP-2), its cosine is that of the most similar one.
+
     Attributes:
         groups: for each level of a hierarchy, from the top, its nodes and all labels under them;
             for `Classification.grouped`.
@@ -211,6 +217,8 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         >>> len(classify(pictures).top(1))
         3
     """
+
+    _several = True
 
     @rename_arguments(none="other_label")
     def __init__(
@@ -282,7 +290,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         Raises:
             ConfigError: no images, another number of labels, or an unknown label.
         """
-        z_image, _ = encode_images(self.model, images, batch_size)
+        z_image, _ = encode_images(self.model, images, batch_size, several=True)
         target = indices(labels, self.labels)
         if len(labels) != len(z_image):
             raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one each")
@@ -294,9 +302,11 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
     def logits(self, z_image: np.ndarray) -> np.ndarray: ...
     @overload
     def logits(self, z_image: Array) -> Array: ...
-    def logits(self, z_image: Float[Embeddings, "n d"]) -> Float[Embeddings, "n m"]:
+    def logits(self, z_image: Float[Embeddings, "n *v d"]) -> Float[Embeddings, "n m"]:
         """Compute the logits of embeddings over the labels; works inside `jit`."""
-        logits = self.model.logit_scale * (z_image @ self.z_labels.T) + self.model.logit_bias
+        cosines = z_image @ self.z_labels.T
+        cosines = cosines.max(1) if cosines.ndim == 3 else cosines
+        logits = self.model.logit_scale * cosines + self.model.logit_bias
         if self._against:
             logits = logits[:, :-1] - logits[:, -1:]
         return (logits / self.temperature).astype(np.float32)
@@ -392,12 +402,19 @@ def fit_temperature(
 
 
 def encode_images(
-    model: Encoder, images: Images, batch_size: int | None = None, on_error: OnError | None = None
-) -> tuple[Float[np.ndarray, "n d"], tuple[Any, ...]]:
+    model: Encoder,
+    images: Images,
+    batch_size: int | None = None,
+    on_error: OnError | None = None,
+    *,
+    several: bool = False,
+) -> tuple[Float[np.ndarray, "n *v d"], tuple[Any, ...]]:
     """Encode a stream of images; return embeddings and the first few images, for display.
 
+    With `several`, a model that makes several vectors of an image gives all.
+
     Raises:
-        ConfigError: no images.
+        ConfigError: no images, or several vectors of an image without `several`.
     """
     first: dict[int, Any] = {}
 
@@ -419,5 +436,10 @@ def encode_images(
     options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     if on_error is not None:
         options["on_error"] = skip
-    z_image = model.encode_image(remember_first(itertools.chain(head, stream)), **options)
+    everything = remember_first(itertools.chain(head, stream))
+    if several and several_vectors(model):
+        found = np.asarray(image_tokens(model, everything, **options))
+        z_image = found.reshape(-1, model.config.vision.vectors, model.embed_dim)
+    else:
+        z_image = model.encode_image(everything, **options)
     return np.asarray(z_image, np.float32), tuple(first.values())

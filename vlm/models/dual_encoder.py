@@ -48,10 +48,10 @@ class DualEncoder(nnx.Module):
         *,
         keys: Key[Array, " b"] | None = None,
         intermediates: Intermediates | None = None,
-    ) -> Float[Array, "b e"]:
+    ) -> Float[Array, "b *v e"]:
         """Map normalised images to unit-norm float32 embeddings; fill `intermediates`.
 
-        A tower of videos takes (b, frames, h, w, 3).
+        A tower of videos takes (b, frames, h, w, 3). One with a Q-Former gives several vectors.
         """
         return self._embed("vision", images, keys=keys, intermediates=intermediates)
 
@@ -76,7 +76,7 @@ class DualEncoder(nnx.Module):
         tokens: Int[Array, "b n"],
         *,
         keys: Key[Array, " b"] | None = None,
-    ) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+    ) -> tuple[Float[Array, "b *v e"], Float[Array, "b e"]]:
         """Embed images and texts of a batch; `keys`, one per example, turn dropout on."""
         image_keys, text_keys = split_keys(keys)
         return self.encode_image(images, keys=image_keys), self.encode_text(tokens, keys=text_keys)

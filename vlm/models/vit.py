@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import ViTConfig
 from vlm.models.projection import map_pool, projection, projection_flops
+from vlm.models.qformer import QFormer, qformer_flops
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.intermediates import Intermediates, capture, part
 from vlm.nn.layers import NORMS, Linear, split_keys
@@ -76,11 +77,13 @@ class ViTTower(nnx.Module):
             mlp_norm_eps=c.mlp_norm_eps,
             attention_norm=c.attention_norm,
             key_bias=c.key_bias,
+            qk_norm=c.qk_norm,
             execution=execution,
             rngs=rngs,
         )
-        pooled_width = embed_dim if c.pool == "query" else c.width
-        self.norm = norm(pooled_width, c.norm_eps, rngs=rngs) if c.last_norm else None
+        pooled_width = _pooled_width(c, embed_dim)
+        normed_width = embed_dim if c.pool == "query" else c.width
+        self.norm = norm(normed_width, c.norm_eps, rngs=rngs) if c.last_norm else None
         heads = c.pool_heads or c.heads
         if c.pool == "query":
             self.pool = QueryPool(
@@ -88,6 +91,8 @@ class ViTTower(nnx.Module):
             )
         elif c.pool == "probe":
             self.pool = ProbePool(c.width, heads, dtype=dtype, rngs=rngs)
+        elif c.qformer is not None:
+            self.pool = QFormer(c.qformer, c.width, dtype=dtype, rngs=rngs)
         else:
             maps = c.pool in ("map", "class_map")
             self.pool = map_pool(c, dtype=dtype, rngs=rngs) if maps else None
@@ -101,8 +106,10 @@ class ViTTower(nnx.Module):
         *,
         keys: Key[Array, " b"] | None = None,
         intermediates: Intermediates | None = None,
-    ) -> Float[Array, "b e"]:
+    ) -> Float[Array, "b *v e"]:
         """Embed images; `keys`, one per example, turn dropout and patch dropout on.
+
+        With a Q-Former, an image has several vectors.
 
         `intermediates` capture "stem", the activations of the stack, and "pool/attention".
         """
@@ -116,8 +123,10 @@ class ViTTower(nnx.Module):
         """Embed each patch by letting it attend only to itself in the attention pool.
 
         So its own value is projected (MaskCLIP, arXiv:2112.01071). For class-token towers, this
-        replaces the attention of the last block.
+        replaces the attention of the last block. The vectors of a Q-Former are its own.
         """
+        if self.config.pool == "qformer":
+            return self(images)
         intermediates = Intermediates()
         x, _ = self._tokens(images, None, intermediates)
         if self.config.pool == "class":
@@ -173,7 +182,7 @@ class ViTTower(nnx.Module):
         x: Float[Array, "b n d"],
         mask: Bool[Array, "b n"] | None = None,
         intermediates: Intermediates | None = None,
-    ) -> Float[Array, "b e"]:
+    ) -> Float[Array, "b *v e"]:
         """Pool and project tokens; for mean pooling, without the class token."""
         c, norm = self.config, self.norm or (lambda x: x)
         match c.pool:
@@ -189,6 +198,9 @@ class ViTTower(nnx.Module):
             case "probe":
                 assert isinstance(self.pool, ProbePool)
                 x = self.pool(norm(x), intermediates=part(intermediates, "pool"))
+            case "qformer":
+                assert isinstance(self.pool, QFormer)
+                x = self.pool(norm(x))
             case "map" | "class_map":
                 assert isinstance(self.pool, MapPool)
                 x = self.pool(norm(x), mask, intermediates=part(intermediates, "pool"))
@@ -213,6 +225,13 @@ class ViTTower(nnx.Module):
         return self.transformer(
             x, mask[:, None, None, :], keys=block_keys, intermediates=intermediates
         ), mask
+
+
+def _pooled_width(c: ViTConfig, embed_dim: int) -> int:
+    """Width of the vectors that are projected."""
+    if c.qformer is not None:
+        return c.qformer.width
+    return embed_dim if c.pool == "query" else c.width
 
 
 def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
@@ -248,11 +267,13 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
         pool = query_pool_flops(c.width, embed_dim, tokens)
     elif c.pool == "probe":
         pool = probe_pool_flops(c.width, tokens)
+    elif c.qformer is not None:
+        pool = qformer_flops(c.qformer, c.width, tokens)
     elif c.pooler:
         pool = 2 * c.width**2
     return {
         "stem": stem,
         **block_flops(c, tokens, gated=c.mlp != "plain"),
         "pool": pool,
-        "projection": projection_flops(c, embed_dim if c.pool == "query" else c.width, embed_dim),
+        "projection": c.vectors * projection_flops(c, _pooled_width(c, embed_dim), embed_dim),
     }

@@ -17,7 +17,7 @@ from vlm.nn import tpu_attention
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.cpu_attention import Mask, attend_in_parts
 from vlm.nn.intermediates import Intermediates
-from vlm.nn.layers import LayerNorm, linear
+from vlm.nn.layers import LayerNorm, RMSNorm, linear
 from vlm.nn.positions import Rotation, rotate
 from vlm.nn.remat import ATTENDED, PROJECTED
 from vlm.sharding import batch_ways, free_batch_axes, mesh_of
@@ -129,8 +129,9 @@ class Attention(nnx.Module):
     """Multi-head attention: projections of shape (width, heads, head_dim) and back.
 
     The context may have another width, `context_width`, and the result `output_width`. With
-    `norm_eps`, the attention output is normalised before the output projection. `softcap` bounds
-    the logits, as in Gemma 2 (arXiv:2408.00118).
+    `norm_eps`, the attention output is normalised before the output projection. With `qk_norm_eps`,
+    queries and keys have an RMSNorm over all heads (arXiv:2302.05442). `softcap` bounds the logits,
+    as in Gemma 2 (arXiv:2408.00118).
 
     Example:
         >>> from flax import nnx
@@ -148,6 +149,7 @@ class Attention(nnx.Module):
         output_width: int | None = None,
         key_bias: bool = True,
         norm_eps: float | None = None,
+        qk_norm_eps: float | None = None,
         softcap: float | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -159,6 +161,9 @@ class Attention(nnx.Module):
         self.query = project(width, split)
         self.key = project(context_width or width, split, use_bias=key_bias)
         self.value = project(context_width or width, split)
+        normed = qk_norm_eps is not None
+        self.query_norm = RMSNorm(width, qk_norm_eps, rngs=rngs) if normed else None
+        self.key_norm = RMSNorm(width, qk_norm_eps, rngs=rngs) if normed else None
         self.norm = None if norm_eps is None else LayerNorm(width, norm_eps, rngs=rngs)
         self.out = project(split, output_width or width, axis=(-2, -1))
 
@@ -180,15 +185,17 @@ class Attention(nnx.Module):
         context = x if context is None else context
         # A key bias adds a constant to all logits of a query, so it cancels in the softmax. Its
         # gradient is rounding noise, which Adafactor and Lion would scale up, so it gets none.
-        # With rotary positions the key bias does matter.
+        # With rotary positions or a norm of the keys, the key bias does matter.
         query, key, value = (
             checkpoint_name(linear(layer, tokens, fixed_bias=fixed), PROJECTED)
             for layer, tokens, fixed in (
                 (self.query, x, False),
-                (self.key, context, rotation is None),
+                (self.key, context, rotation is None and self.key_norm is None),
                 (self.value, context, False),
             )
         )
+        query = query if self.query_norm is None else self.query_norm(query)
+        key = key if self.key_norm is None else self.key_norm(key)
         heads, head_dim = self.query.kernel.shape[-2:]
         query, key, value = (y.reshape(*y.shape[:2], heads, head_dim) for y in (query, key, value))
         if rotation is not None:

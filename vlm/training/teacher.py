@@ -196,11 +196,15 @@ def _check(e: Experiment, width: int, preprocess: Preprocess | None = None) -> N
 
 
 def _check_towers(config: ModelConfig, name: str) -> None:
-    """Raise a ConfigError if the teacher has one tower alone."""
+    """Raise a ConfigError if the teacher has one tower alone, or several vectors of an image."""
     towers: tuple[Literal["vision", "text"], ...] = ("vision", "text")
     for tower in towers:
         if getattr(config, tower).kind == "none":
             raise ConfigError(absence(tower, getattr(config, tower), name))
+    if config.vision.vectors > 1:
+        raise ConfigError(
+            f"the teacher {name} makes several vectors of an image: choose one with one vector"
+        )
 
 
 def _check_bias(e: Experiment, bias: float | None) -> None:

@@ -18,7 +18,7 @@ from vlm.weights.one_tower import SCALE, with_scale
 from vlm.weights.rules import Rule, leading
 from vlm.weights.text_encoders import bert_rules
 
-MODEL_TYPES = ("blip", "blip-2")
+MODEL_TYPES = ("blip",)
 # Defaults of transformers' configuration classes.
 _VISION = {
     "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768,
@@ -38,14 +38,8 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     """Configuration of a model of this family.
 
     Raises:
-        CheckpointError: another class of BLIP, which has no contrastive half, or BLIP-2.
+        CheckpointError: another class of BLIP, which has no contrastive half.
     """
-    if values["model_type"] == "blip-2":
-        raise CheckpointError(
-            f"{where} describes a BLIP-2: its Q-Former makes several vectors of an image, and a "
-            "score is the cosine of the best of them with the text, where a vlm model has one "
-            "vector of an image: use a model such as google/siglip2-base-patch16-224"
-        )
     names = values.get("architectures") or [_CLASS]
     if names != [_CLASS]:
         raise CheckpointError(
@@ -85,15 +79,22 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
 
 def rules() -> list[Rule]:
     """Rules of a model."""
-    tables = "vision_model.embeddings"
     return [
         SCALE,
+        *vision_rules(),
+        *linear("vision_proj", "vision.projection"),
+        *bert_rules("text_encoder"),
+        *linear("text_proj", "text.projection"),
+    ]
+
+
+def vision_rules() -> list[Rule]:
+    """Rules of the vision tower without its projection, which BLIP-2's is too."""
+    tables = "vision_model.embeddings"
+    return [
         Rule(f"{tables}.class_embedding", "vision.class_token", leading(2)),
         Rule(f"{tables}.position_embedding", "vision.position", leading(1)),
         *conv(f"{tables}.patch_embedding", "vision.stem"),
         *block("vision_model.encoder.layers.{}", "vision.transformer.blocks", _LAYERS),
         *norm("vision_model.post_layernorm", "vision.norm"),
-        *linear("vision_proj", "vision.projection"),
-        *bert_rules("text_encoder"),
-        *linear("text_proj", "text.projection"),
     ]

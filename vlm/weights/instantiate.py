@@ -74,13 +74,21 @@ def check_tower(model: DualEncoder, tower: Literal["vision", "text"], name: str)
         raise ConfigError(absence(tower, getattr(model.config, tower), name))
 
 
-def check_images(model: DualEncoder, name: str) -> None:
-    """Raise a ConfigError if the model called `name` has no vision tower, or one of videos."""
+def check_images(model: DualEncoder, name: str, *, several: bool = False) -> None:
+    """Raise a ConfigError if the model called `name` does not embed images.
+
+    It has no vision tower, one of videos, or without `several` one of several vectors an image.
+    """
     check_tower(model, "vision", name)
     if (frames := model.config.vision.video_frames) is not None:
         raise ConfigError(
             f"{name} embeds videos of {frames} frames, not images: use encode_video, or an image "
             "model such as ViT-B-32"
+        )
+    if (count := model.config.vision.vectors) > 1 and not several:
+        raise ConfigError(
+            f"{name} makes {count} vectors of an image, and this takes one: use "
+            "vlm.heads.image_tokens, vlm.heads.MultiVectorIndex or vlm.ZeroShotClassifier"
         )
 
 

@@ -49,6 +49,7 @@ _INTERNVL = _SIZES | {
     "attention_bias": False, "use_qk_norm": False, "norm_type": "layer_norm",
     "use_absolute_position_embeddings": True, "use_mean_pooling": True,
 }  # fmt: skip
+_QK_NORM_EPS = 1e-6  # of the norms of queries and keys, whatever the config says of the others
 DEFAULTS: dict[str, dict[str, Any]] = {
     "clip_vision_model": huggingface.DEFAULTS["clip"]["vision"],
     "siglip_vision_model": huggingface.DEFAULTS["siglip"]["vision"],
@@ -169,7 +170,8 @@ def _dinov3(c: dict[str, Any], kind: str, where: str) -> ViTConfig:
 
 
 def _internvl(c: dict[str, Any], kind: str, where: str) -> ViTConfig:
-    choice(c["use_qk_norm"], (False,), f"{where}.use_qk_norm")
+    if c["use_qk_norm"]:
+        choice(c["layer_norm_eps"], (_QK_NORM_EPS,), f"{where}.layer_norm_eps")
     field = "use_absolute_position_embeddings"
     choice(c[field], (True,), f"{where}.{field}")
     rms = choice(c["norm_type"], ("layer_norm", "rms_norm"), f"{where}.norm_type") == "rms_norm"
@@ -186,6 +188,7 @@ def _internvl(c: dict[str, Any], kind: str, where: str) -> ViTConfig:
         layer_scale=True,
         last_norm=not mean,
         norm_kind="rms" if rms else "layer",
+        qk_norm=c["use_qk_norm"],
     )
 
 
@@ -282,9 +285,17 @@ def _dinov3_rules(c: ViTConfig, root: str) -> list[Rule]:
 
 def _internvl_rules(c: ViTConfig, root: str) -> list[Rule]:
     layer, make = f"{root}encoder.layer.{{}}", rms_norm if c.norm_kind == "rms" else norm
+    normed = ("query", "key") if c.qk_norm else ()
     return [
         *_tables(c, root),
         *block(layer, _OURS, _INTERNVL_LAYERS),
+        *(
+            rule
+            for part in normed
+            for rule in rms_norm(
+                f"{layer}.attention.{part[0]}_norm", f"{_OURS}.attention.{part}_norm"
+            )
+        ),
         *make(f"{layer}.layernorm_before", f"{_OURS}.attention_norm"),
         *make(f"{layer}.layernorm_after", f"{_OURS}.mlp_norm"),
         *(norm(f"{root}layernorm", "vision.norm") if c.last_norm else []),

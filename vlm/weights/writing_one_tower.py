@@ -58,6 +58,7 @@ def one_tower_config(config: ModelConfig) -> dict[str, Any]:
         values["hidden_act"] = "silu" if gated else values["hidden_act"]
     if kind == "internvl_vision":
         values |= {"attention_bias": True, "use_mean_pooling": c.pool == "mean"}
+        values["use_qk_norm"] = c.qk_norm
         values["norm_type"] = "rms_norm" if c.norm_kind == "rms" else "layer_norm"
     made = vision_config(values, kind, "config.json")
     # Fields that the tensors show, and those of training.

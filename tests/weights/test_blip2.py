@@ -1,0 +1,116 @@
+"""BLIP-2: several vectors of an image, compared with one of a text.
+
+Its vectors and logits are compared with transformers' in test_golden.py.
+"""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+import vlm
+from vlm.config import QFormerConfig
+from vlm.errors import CheckpointError, ConfigError
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf_blip2"
+TEXTS = ["a photo of a cat", "Two DOGS!", "x"]
+
+
+@pytest.fixture(scope="module")
+def blip2():
+    return vlm.load(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    found = np.load(GOLDEN / "outputs.npz")
+    texts = found["texts"].tolist()
+    logits = found["logits"][:, [texts.index(text) for text in TEXTS]]
+    return [found[f"image/{i}"] for i in range(3)], logits
+
+
+def test_scores_are_the_largest_cosine(blip2, golden, tmp_path):
+    images, logits = golden
+    classify = vlm.ZeroShotClassifier(blip2, {text: [text] for text in TEXTS})
+    assert np.abs(classify(images).logits - logits).max() < 5e-6
+    index = vlm.heads.MultiVectorIndex(blip2)
+    index.add(images)
+    assert repr(index).startswith("MultiVectorIndex(3 items, 15 vectors")
+    scores = np.stack([index.scores(text) for text in TEXTS], axis=1)
+    assert np.abs(scores - logits).max() < 5e-6
+    index.save(tmp_path / "index")
+    again = vlm.heads.MultiVectorIndex.load(tmp_path / "index", blip2)
+    assert [hit.id for hit in again.search("x", k=3)] == np.argsort(-logits[:, 2]).tolist()
+    classify.save(tmp_path / "labels.safetensors")
+    loaded = vlm.ZeroShotClassifier.load(tmp_path / "labels.safetensors", blip2)
+    assert np.array_equal(loaded(images).logits, classify(images).logits)
+
+
+def test_unreadable_images_are_skipped(blip2, golden):
+    images, logits = golden
+    classify = vlm.ZeroShotClassifier(blip2, {text: [text] for text in TEXTS})
+    seen = []
+    found = classify([b"no image", images[1]], on_error=lambda at, error: seen.append(at))
+    assert seen == [0]
+    assert np.abs(found.logits - logits[1:2]).max() < 5e-6
+    assert classify([b"no image"], on_error=lambda at, error: None).logits.shape == (0, 3)
+
+
+def test_one_vector_of_an_image_is_refused(blip2, golden, tmp_path):
+    image = golden[0][0]
+    pixels = blip2.preprocess.collate([blip2.preprocess.pixels(blip2.preprocess.open(image))])
+    for use in (
+        lambda: blip2.encode_image(image),
+        lambda: blip2.encode_pixels(pixels),
+        lambda: vlm.RetrievalIndex(blip2).add([image]),
+        lambda: vlm.explain(blip2, image, "a cat"),
+        lambda: vlm.heads.FewShotClassifier.fit(blip2, [image, image], ["a", "b"]),
+    ):
+        with pytest.raises(ConfigError, match="makes 5 vectors of an image, and this takes one"):
+            use()
+    with pytest.raises(ConfigError, match="vectors of an image, and an exported program one"):
+        vlm.exporting.export(blip2, tmp_path / "program", tower="vision")
+    with pytest.raises(CheckpointError, match=r"no place for vision\.pool 'qformer'"):
+        blip2.save(tmp_path / "back", format="huggingface")
+    with pytest.raises(ConfigError, match="vectors of an image, and the losses take one"):
+        vlm.Experiment(name="x", model=blip2.config)
+
+
+def test_bundles_keep_the_vectors(blip2, golden, tmp_path):
+    blip2.save(tmp_path / "bundle")
+    again = vlm.load(tmp_path / "bundle")
+    ours, theirs = (np.asarray(vlm.heads.image_tokens(m, golden[0])) for m in (blip2, again))
+    assert np.array_equal(ours, theirs)
+    larger = vlm.load(GOLDEN, image_size=40)
+    assert np.asarray(vlm.heads.image_tokens(larger, golden[0])).shape == ours.shape
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        (None, {"architectures": ["Blip2ForConditionalGeneration"]}, "vlm reads Blip2ForImageText"),
+        ("vision_config", {"qkv_bias": False}, "qkv_bias is False: vlm supports True"),
+        ("qformer_config", {"use_qformer_text_input": False}, "use_qformer_text_input is False"),
+        ("qformer_config", {"cross_attention_frequency": 1}, r"missing.*layer\.1\.crossattention"),
+        ("qformer_config", {"num_attention_heads": 5}, "width 24 is not a multiple of heads 5"),
+        ("qformer_config", {"vocab_size": 200}, "tokenizer has .* tokens and its embedding table"),
+        (None, {"num_query_tokens": 6}, "of another shape: query_tokens"),
+    ],
+)
+def test_configs_that_differ_are_refused_by_name(part, changes, message, tmp_path):
+    folder = shutil.copytree(GOLDEN, tmp_path / "blip2")
+    values = json.loads((folder / "config.json").read_text())
+    (values[part] if part else values).update(changes)
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        vlm.load(folder)
+
+
+def test_a_pool_without_its_q_former_is_refused():
+    for fields in ({"pool": "qformer"}, {"qformer": QFormerConfig()}):
+        with pytest.raises(ConfigError, match="a Q-Former needs both"):
+            vlm.ViTConfig(projection="linear", **fields)
+    with pytest.raises(ConfigError, match='"qformer" needs a projection'):
+        vlm.ViTConfig(pool="qformer", qformer=QFormerConfig())
