@@ -10,7 +10,7 @@ from vlm.bundle import load
 pytestmark = pytest.mark.peers
 GOLDEN = pathlib.Path(__file__).parents[1] / "weights" / "golden"
 NAMES = ["hf_naflex", "hf_chinese_clip", "hf_altclip", "hf_align", "hf_tipsv2", "hf_tipsv2_giant"]
-NAMES += ["hf_aimv2"]
+NAMES += ["hf_aimv2", "hf_groupvit"]
 TEXTS = ["a photo of a cat", "Two DOGS on the beach!", "naïve café 🙂", "very long " * 30, ""]
 
 

@@ -127,7 +127,7 @@ class Assignment(nnx.Module):
         self.mlp_norm = norm()
         self.mlp = Mlp(c.width, c.mlp_dim, c.activation, dtype=dtype, rngs=rngs)
         self.attended_norm = norm()
-        self.of_group, self.of_token, self.content, self.merge = (linear() for _ in range(4))
+        self.query, self.key, self.value, self.out = (linear() for _ in range(4))
         self.segment_norm = norm()
         self.segment_mlp = Mlp(c.width, c.segment_mlp_dim, c.activation, dtype=dtype, rngs=rngs)
 
@@ -143,7 +143,7 @@ class Assignment(nnx.Module):
         groups = groups + self.attention(groups, x)
         groups = self.attended_norm(groups + self.mlp(self.mlp_norm(groups)))
 
-        query, key = self.of_group(groups), self.of_token(x)
+        query, key, value = self.query(groups), self.key(x), self.value(x)
         logits = jnp.einsum("bgd,bnd->bgn", query, key, preferred_element_type=jnp.float32)
         logits = logits * x.shape[-1] ** -0.5
         if keys is not None:
@@ -152,8 +152,8 @@ class Assignment(nnx.Module):
         hard = jax.nn.one_hot(logits.argmax(1), logits.shape[1], axis=1, dtype=soft.dtype)
         weights = hard + soft - lax.stop_gradient(soft)  # the gradient is that of the softmax
         weights = weights / (weights.sum(-1, keepdims=True) + self.eps)
-        merged = jnp.einsum("bgn,bnd->bgd", weights.astype(x.dtype), self.content(x))
-        segments = self.merge(merged) + groups
+        merged = jnp.einsum("bgn,bnd->bgd", weights.astype(x.dtype), value)
+        segments = self.out(merged) + groups
         return segments + self.segment_mlp(self.segment_norm(segments))
 
 

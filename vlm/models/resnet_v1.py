@@ -35,7 +35,7 @@ class ResNetV1Tower(ConvTower):
         self.projection = projection(c, last, embed_dim, **options)
 
     def _first_layers(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b p q c"]:
-        return max_pool(jax.nn.relu(self.stem_norm(self.stem(images))))
+        return max_pool_3x3(jax.nn.relu(self.stem_norm(self.stem(images))))
 
 
 class Stage(nnx.Module):
@@ -124,7 +124,7 @@ def _conv(inputs: int, outputs: int, size: int, *, stride: int = 1, **options: A
     return Conv(inputs, outputs, size, stride=stride, depthwise=False, use_bias=False, **options)
 
 
-def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
+def max_pool_3x3(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
     """Maximum over 3x3 squares with a stride of 2."""
     h, w = x.shape[1:3]
     lowest = jnp.finfo(x.dtype).min

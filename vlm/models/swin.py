@@ -39,52 +39,49 @@ class SwinTower(ConvTower):
 
 
 class Stage(nnx.Module):
-    """Stage of stacked pairs of blocks, after a downsampling layer in all but the first."""
+    """Stage of stacked pairs of blocks, after patch merging in all but the first."""
 
     def __init__(self, config: SwinConfig, number: int, *, execution: Execution, rngs: nnx.Rngs):
         c, options = config, {"dtype": execution.dtype, "rngs": rngs}
-        width, side = c.widths[number], c.sides()[number]
-        inputs = 4 * c.widths[number - 1]  # those of 2x2 positions
-        self.halve_norm = LayerNorm(inputs, c.norm_eps, rngs=rngs) if number else None
-        self.halve = Linear(inputs, width, use_bias=False, **options) if number else None
-        window = min(c.window, side)
-        shift = window // 2 if side > window else 0
-
-        def pair(rngs: nnx.Rngs) -> Pair:
-            sizes = (width, c.heads[number], c.mlp_dims[number], side, window, shift)
-            return Pair(*sizes, norm_eps=c.norm_eps, dtype=execution.dtype, rngs=rngs)
-
-        self.blocks = stack_blocks(pair, c.depths[number] // 2, rngs)
+        width = c.widths[number]
+        self.merging = PatchMerging(c.widths[number - 1], width, c, **options) if number else None
+        self.blocks = stack_blocks(
+            lambda rngs: Pair(c, number, dtype=execution.dtype, rngs=rngs),
+            c.depths[number] // 2,
+            rngs,
+        )
         self.execution = execution
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
-        if self.halve is not None and self.halve_norm is not None:
-            b, h, w, c = x.shape
-            x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
-            x = x.reshape(b, -(-h // 2), 2, -(-w // 2), 2, c).transpose(0, 1, 3, 4, 2, 5)
-            x = self.halve(self.halve_norm(x.reshape(*x.shape[:3], 4 * c)))
+        x = x if self.merging is None else self.merging(x)
         return run_stacked(self.blocks, x, lambda pair, x: pair(x), self.execution)
+
+
+class PatchMerging(nnx.Module):
+    """Concatenate the channels of 2x2 positions, and reduce them."""
+
+    def __init__(
+        self, inputs: int, outputs: int, c: SwinConfig, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.norm = LayerNorm(4 * inputs, c.norm_eps, rngs=rngs)
+        self.reduction = Linear(4 * inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b p q d"]:
+        b, h, w, c = x.shape
+        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
+        x = x.reshape(b, -(-h // 2), 2, -(-w // 2), 2, c).transpose(0, 1, 3, 4, 2, 5)
+        return self.reduction(self.norm(x.reshape(*x.shape[:3], 4 * c)))
 
 
 class Pair(nnx.Module):
     """Two blocks: one with plain windows, and one whose windows are shifted."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_dim: int,
-        side: int,
-        window: int,
-        shift: int,
-        *,
-        norm_eps: float,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        options = {"norm_eps": norm_eps, "dtype": dtype, "rngs": rngs}
-        self.plain = Block(width, heads, mlp_dim, side, window, 0, **options)
-        self.shifted = Block(width, heads, mlp_dim, side, window, shift, **options)
+    def __init__(self, c: SwinConfig, number: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        side = c.sides()[number]
+        window = min(c.window, side)
+        shift = window // 2 if side > window else 0
+        self.plain = Block(c, number, window, 0, dtype=dtype, rngs=rngs)
+        self.shifted = Block(c, number, window, shift, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return self.shifted(self.plain(x))
@@ -95,22 +92,20 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        mlp_dim: int,
-        side: int,
+        c: SwinConfig,
+        number: int,
         window: int,
         shift: int,
         *,
-        norm_eps: float,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.attention_norm = LayerNorm(width, norm_eps, rngs=rngs)
-        self.attention = WindowAttention(width, heads, window, dtype=dtype, rngs=rngs)
-        self.mlp_norm = LayerNorm(width, norm_eps, rngs=rngs)
-        self.mlp = Mlp(width, mlp_dim, "gelu", dtype=dtype, rngs=rngs)
-        self.side, self.window, self.shift = side, window, shift
+        width, options = c.widths[number], {"dtype": dtype, "rngs": rngs}
+        self.attention_norm = LayerNorm(width, c.norm_eps, rngs=rngs)
+        self.attention = WindowAttention(width, c.heads[number], window, **options)
+        self.mlp_norm = LayerNorm(width, c.norm_eps, rngs=rngs)
+        self.mlp = Mlp(width, c.mlp_dims[number], "gelu", **options)
+        self.window, self.shift = window, shift
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         window, shift, (b, side, _, width) = self.window, self.shift, x.shape
@@ -138,7 +133,8 @@ class WindowAttention(nnx.Module):
         self.value = nnx.LinearGeneral(width, split, **options)
         self.out = nnx.LinearGeneral(split, width, axis=(-2, -1), **options)
         normal = nnx.initializers.normal(0.02)
-        self.position = nnx.Param(normal(rngs.params(), ((2 * window - 1) ** 2, heads)))
+        table = ((2 * window - 1) ** 2, heads)
+        self.relative_position_bias = nnx.Param(normal(rngs.params(), table))
         self.window = window
 
     def __call__(
@@ -149,7 +145,7 @@ class WindowAttention(nnx.Module):
             linear(layer, x).reshape(*x.shape[:3], heads, head_dim)
             for layer in (self.query, self.key, self.value)
         )
-        bias = self.position[...][relative_index(self.window)].transpose(2, 0, 1)
+        bias = self.relative_position_bias[...][relative_index(self.window)].transpose(2, 0, 1)
         logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32)
         logits = logits * head_dim**-0.5 + bias + mask[:, None]
         weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
@@ -177,12 +173,12 @@ def shift_mask(side: int, window: int, shift: int) -> np.ndarray:
 
 
 def flops(config: SwinConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
-    """Forward FLOPs of one image, by part: stem, halving, projections, scores, mlp, projection."""
+    """Forward FLOPs of one image, by part: stem, merging, projections, scores, mlp, projection."""
     c, sides = config, config.sides()
-    halving = projections = scores = mlp = 0.0
+    merging = projections = scores = mlp = 0.0
     for number, (side, width, depth) in enumerate(zip(sides, c.widths, c.depths, strict=True)):
         if number:
-            halving += 2 * side**2 * 4 * c.widths[number - 1] * width
+            merging += 2 * side**2 * 4 * c.widths[number - 1] * width
         window = min(c.window, side)
         padded = (-(-side // window) * window) ** 2
         projections += depth * 2 * padded * 4 * width**2
@@ -190,7 +186,7 @@ def flops(config: SwinConfig, embed_dim: int, *, training: bool = False) -> dict
         mlp += depth * 2 * side**2 * 2 * width * c.mlp_dims[number]
     return {
         "stem": 2 * sides[0] ** 2 * 48 * c.widths[0],
-        "halving": halving,
+        "merging": merging,
         "projections": projections,
         "scores": scores,
         "mlp": mlp,

@@ -1,9 +1,11 @@
 """transformers' `GroupViTModel` (Xu et al., 2022, arXiv:2202.11094).
 
-The batch norm of a projection is folded into the layer before it.
+The batch norm of a projection is folded into the layer before it, and written as the identity.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,15 @@ from etils import epath
 
 from vlm.config import GroupViTConfig, ModelConfig
 from vlm.errors import CheckpointError, brief
+from vlm.inputs.tokenizer import Tokenizer
+from vlm.models.dual_encoder import DualEncoder
 from vlm.weights import huggingface
+from vlm.weights import writing_parts as parts
 from vlm.weights.checkpoint import Checkpoint, Computed, ComputedTensors, weights
 from vlm.weights.fields import integer, integers, number, with_defaults
 from vlm.weights.files import Tensors
 from vlm.weights.layers import TRANSFORMERS, block, conv, linear, norm
-from vlm.weights.rules import SCALAR, Rule, leading
+from vlm.weights.rules import SCALAR, Rule, leading, write
 
 MODEL_TYPES = ("groupvit",)
 _CLIP = huggingface.DEFAULTS["clip"]
@@ -35,7 +40,8 @@ _NORM_EPS = 1e-5  # of the batch norms
 _ASSIGNMENT = {
     "group_norm": "norm_tokens", "token_norm": "norm_x", "mixed_norm": "norm_post_tokens",
     "mlp_norm": "pre_assign_attn.norm2", "attended_norm": "pre_assign_attn.norm_post",
-    "segment_norm": "norm_new_x",
+    "segment_norm": "norm_new_x", "query": "assign.q_proj", "key": "assign.k_proj",
+    "value": "assign.v_proj", "out": "assign.proj",
 }  # fmt: skip
 _ATTENTION = {
     name: theirs.replace("self_attn", "pre_assign_attn.attn")
@@ -145,11 +151,54 @@ def _assignment(theirs: str, ours: str) -> list[Rule]:
     names = _ASSIGNMENT | _ATTENTION
     for own, their in mlps:
         names = names | _mlp(own, their)
-    table = block(theirs, ours, names)
-    products = {"of_group": "q_proj", "of_token": "k_proj", "content": "v_proj", "merge": "proj"}
-    for own, their in products.items():
-        table += linear(f"{theirs}.assign.{their}", f"{ours}.{own}")
-    return table
+    return block(theirs, ours, names)
+
+
+def values_of(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the `config.json` of a model.
+
+    Raises:
+        CheckpointError: lists what `GroupViTModel` does not support.
+    """
+    vision, text, rule = config.vision, config.text_transformer, tokenizer.config
+    assert isinstance(vision, GroupViTConfig)
+    segments = [groups or before for before, groups in itertools.pairwise((0, *vision.groups))]
+    image = huggingface.tower_values(vision) | {
+        "model_type": "groupvit_vision_model",
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "depths": vision.depths,
+        "num_group_tokens": vision.groups,
+        "num_output_groups": segments,
+        "assign_eps": vision.assign_eps,
+        "assign_mlp_ratio": [
+            vision.group_mlp_dim / vision.width,
+            vision.segment_mlp_dim / vision.width,
+        ],
+    }
+    end = 2 if text.pool == "argmax" else text.end_id
+    ends = {"bos_token_id": rule.bos_id, "eos_token_id": end, "pad_token_id": rule.pad_id}
+    values = parts.model_values(
+        "groupvit",
+        "GroupViTModel",
+        projection_dim=config.embed_dim,
+        projection_intermediate_dim=vision.projection_dim,
+        vision_config=image,
+        text_config=parts.text_values(text, "groupvit") | ends,
+    )
+    parts.refuse_differences("transformers", config, model_config(values, "config.json"))
+    return values
+
+
+def tensors_of(model: DualEncoder) -> Iterator[tuple[str, Any]]:
+    """Yield all tensors of a model; the batch norms of the file change nothing."""
+    assert isinstance(model.config.vision, GroupViTConfig)
+    yield from write(model, rules(model.config))
+    ones = np.ones(model.config.vision.projection_dim, np.float32)
+    same = {"weight": ones, "bias": 0 * ones, "running_mean": 0 * ones}
+    same["running_var"] = ones - np.float32(_NORM_EPS)
+    for name in _PROJECTIONS:
+        yield from ((f"{name}.1.{part}", value) for part, value in same.items())
 
 
 def _folded(tensors: Tensors) -> Tensors:

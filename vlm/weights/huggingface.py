@@ -11,7 +11,15 @@ from typing import Any
 
 from etils import epath
 
-from vlm.config import Activation, ModelConfig, PreprocessConfig, TextConfig, ViTConfig, XCLIPConfig
+from vlm.config import (
+    Activation,
+    GroupViTConfig,
+    ModelConfig,
+    PreprocessConfig,
+    TextConfig,
+    ViTConfig,
+    XCLIPConfig,
+)
 from vlm.errors import CheckpointError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights.checkpoint import Checkpoint, weights
@@ -253,11 +261,12 @@ def tower_options(values: dict[str, Any], where: str) -> dict[str, Any]:
     return {ours: values[theirs] for theirs, ours in names.items()} | {"activation": activation}
 
 
-def tower_values(c: ViTConfig | XCLIPConfig | TextConfig) -> dict[str, Any]:
+def tower_values(c: ViTConfig | XCLIPConfig | GroupViTConfig | TextConfig) -> dict[str, Any]:
     """Sizes, activation and epsilon of one of our towers, as fields of transformers."""
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}
-    sizes = {theirs: getattr(c, ours) for theirs, ours in _SIZES.items()}
-    return sizes | {"hidden_act": names[c.activation]}
+    depth = {"num_hidden_layers": sum(c.depths)} if isinstance(c, GroupViTConfig) else {}
+    sizes = {theirs: getattr(c, ours) for theirs, ours in _SIZES.items() if theirs not in depth}
+    return sizes | depth | {"hidden_act": names[c.activation]}
 
 
 def _encoder(theirs: str, ours: str) -> list[Rule]:

@@ -68,8 +68,9 @@ def rules(c: SwinConfig, shapes: Shapes) -> list[Rule]:
     for number in range(len(c.depths)):
         theirs, ours = f"{TRUNK}.layers.{number}", f"vision.stages.{number}"
         if number:
-            table += norm(f"{theirs}.downsample.norm", f"{ours}.halve_norm")
-            table += linear(f"{theirs}.downsample.reduction", f"{ours}.halve", bias=False)
+            before, merging = f"{theirs}.downsample", f"{ours}.merging"
+            table += norm(f"{before}.norm", f"{merging}.norm")
+            table += linear(f"{before}.reduction", f"{merging}.reduction", bias=False)
         for first, name in enumerate(("plain", "shifted")):
             layers = _block(f"{theirs}.blocks.{{}}", f"{ours}.blocks.{name}")
             table += [
@@ -82,7 +83,7 @@ def rules(c: SwinConfig, shapes: Shapes) -> list[Rule]:
 def _block(theirs: str, ours: str) -> list[Rule]:
     return [
         *norm(f"{theirs}.norm1", f"{ours}.attention_norm"),
-        Rule(f"{theirs}.{_TABLE}", f"{ours}.attention.position"),
+        Rule(f"{theirs}.{_TABLE}", f"{ours}.attention.relative_position_bias"),
         *fused(f"{theirs}.attn.qkv.", f"{ours}.attention", "query", "key", "value"),
         *out(f"{theirs}.attn.proj", f"{ours}.attention.out"),
         *norm(f"{theirs}.norm2", f"{ours}.mlp_norm"),

@@ -6,6 +6,7 @@ from etils import epath
 
 from vlm.config import (
     EfficientNetConfig,
+    GroupViTConfig,
     ModelConfig,
     NoTextConfig,
     PreprocessConfig,
@@ -16,7 +17,7 @@ from vlm.config import (
 from vlm.inputs.preprocess import Preprocess
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.models.dual_encoder import DualEncoder
-from vlm.weights import huggingface, videoprism, xclip
+from vlm.weights import groupvit, huggingface, videoprism, xclip
 from vlm.weights import writing_parts as parts
 from vlm.weights.files import write_safetensors
 from vlm.weights.rules import flat_arrays, write
@@ -66,6 +67,10 @@ def write_huggingface(
     elif isinstance(config.vision, XCLIPConfig):
         values, tensors = xclip.values_of(config, tokenizer), write(model, xclip.rules())
         processor = _preprocess(preprocess.config, "xclip", "VideoMAEImageProcessor")
+        settings = {}
+    elif isinstance(config.vision, GroupViTConfig):
+        values, tensors = groupvit.values_of(config, tokenizer), groupvit.tensors_of(model)
+        processor = _preprocess(preprocess.config, "clip")
         settings = {}
     elif is_aimv2(config):
         values, tensors = aimv2_config(model, tokenizer), aimv2_tensors(model)

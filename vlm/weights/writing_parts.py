@@ -15,8 +15,9 @@ from vlm.weights.processors import PIL_RESAMPLE
 
 HOLDS = {
     "transformers": (
-        "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP, TIPSv2 and AIMv2, ALIGN, and the vision "
-        "towers of CLIP, SigLIP, ViT, DINOv2, DINOv3, AIMv2 and InternVL alone"
+        "the ViTs of CLIP, SigLIP, Chinese CLIP, AltCLIP, TIPSv2 and AIMv2, ALIGN, GroupViT, "
+        "X-CLIP and VideoPrism, and the vision towers of CLIP, SigLIP, ViT, DINOv2, DINOv3, AIMv2 "
+        "and InternVL alone"
     ),
     "open_clip": "CLIP's ViTs and ResNets, timm's vision towers, and BERT, XLM-R, RoBERTa and NLLB",
 }
