@@ -40,7 +40,7 @@ _INTEGERS = _by_field(
             "mlp_dim", "registers", "rotary", "rank", "groups", "FastViTStage.heads",
             "FastViTStage.squeeze", "head_width",
         ),
-        Bounds(0, 1_000): ("depth",),
+        Bounds(0, 1_000): ("depth", "head_depth"),
         Bounds(1, 1_000): ("EfficientNetStage.depth", "depths", "conv_depths"),
         Bounds(1, 127): ("EfficientNetStage.kernel",),
         Bounds(1, 1_024): ("chunks",),
@@ -162,8 +162,9 @@ def check_projection(tower, embed_dim: int) -> None:
     """Raise a ConfigError if a tower has no projection, and another width than `embed_dim`."""
     if getattr(tower, "pool", "mean") in GRID_POOLS:  # which project
         return
-    if getattr(tower, "projection", None) == "none" and tower.width != embed_dim:
+    width = getattr(tower, "pooled_width", tower.width)
+    if getattr(tower, "projection", None) == "none" and width != embed_dim:
         raise ConfigError(
-            f"{type(tower).__name__} has no projection, so its width {tower.width} must equal "
+            f"{type(tower).__name__} has no projection, so its width {width} must equal "
             f'embed_dim {embed_dim}: set projection="linear" or make them equal'
         )

@@ -55,7 +55,7 @@ class ViTConfig(VisionTower):
             (SigLIP); class_map: the same with a gated MLP, added to the first token
             (nomic-embed-vision); query: CoCa's attentional pooler; probe: attention of a learned
             query without a projection, norm or MLP (AIMv2); qformer: several vectors, by a Q-Former
-            (BLIP-2).
+            (BLIP-2); class_mean: the class token beside the mean of the patches (dino.txt).
         pool_heads: Number of heads of map, query and probe pooling. None: `heads`.
         pool_mlp_dim: Width of the hidden layer of map pooling's MLP. None: `mlp_dim`.
         class_token: Add a learned first token, also with other kinds of pooling.
@@ -86,6 +86,9 @@ class ViTConfig(VisionTower):
         dropout: Dropout rate in training.
         patch_dropout: Fraction of patches dropped in training (FLIP).
         qformer: For pool qformer: the Q-Former.
+        head_depth: For pool class_mean: number of blocks between the norm and the pooling, without
+            positions; they have layer scales, a swiglu_plain MLP, and a norm after them.
+        head_mlp_dim: Width of the hidden layer of these blocks' MLP. None: `mlp_dim`.
 
     Example:
         >>> vlm.ViTConfig(image_size=224, patch_size=16, pool="map").tokens()
@@ -111,7 +114,9 @@ class ViTConfig(VisionTower):
     rotary: int | None = None
     rotary_span: int | None = None
     rotary_rows_first: bool = False
-    pool: Literal["class", "mean", "map", "class_map", "query", "probe", "qformer"] = "map"
+    pool: Literal[
+        "class", "mean", "map", "class_map", "query", "probe", "qformer", "class_mean"
+    ] = "map"
     pool_heads: int | None = None
     pool_mlp_dim: int | None = None
     class_token: bool = False
@@ -139,6 +144,8 @@ class ViTConfig(VisionTower):
     mlp_norm_eps: float | None = None
     qk_norm: bool = False
     qformer: QFormerConfig | None = None
+    head_depth: int = 0
+    head_mlp_dim: int | None = None
 
     def check(self):
         check_heads(self)
@@ -154,6 +161,8 @@ class ViTConfig(VisionTower):
             raise ConfigError(
                 f'ViTConfig.pool "{self.pool}" needs a projection: set it to "linear"'
             )
+        if self.pool != "class_mean":
+            self.refuse_unused('set pool to "class_mean"', "head_depth", "head_mlp_dim")
         if (self.pool == "qformer") != (self.qformer is not None):
             raise ConfigError(
                 f'ViTConfig.pool is "{self.pool}" and qformer {self.qformer}: a Q-Former needs both'
@@ -190,12 +199,19 @@ class ViTConfig(VisionTower):
 
     @property
     def has_class_token(self) -> bool:
-        return self.class_token or self.pool in ("class", "class_map")
+        return self.class_token or self.pool in ("class", "class_map", "class_mean")
 
     @property
     def prefix_tokens(self) -> int:
         """Number of class and register tokens."""
         return self.has_class_token + self.registers
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled token; CoCa's pooler also changes it to that of the embedding."""
+        if self.qformer is not None:
+            return self.qformer.width
+        return 2 * self.width if self.pool == "class_mean" else self.width
 
     @property
     def vectors(self) -> int:

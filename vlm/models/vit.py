@@ -1,5 +1,6 @@
 """Vision Transformer (arXiv:2010.11929), with the variants of public models."""
 
+from dataclasses import replace
 from typing import assert_never
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from vlm.config import ViTConfig
+from vlm.errors import ConfigError
 from vlm.models.projection import map_pool, projection, projection_flops
 from vlm.models.qformer import QFormer, qformer_flops
 from vlm.nn.auto_axes import auto_axes
@@ -81,9 +83,11 @@ class ViTTower(nnx.Module):
             execution=execution,
             rngs=rngs,
         )
-        pooled_width = _pooled_width(c, embed_dim)
+        pooled_width = embed_dim if c.pool == "query" else c.pooled_width
         normed_width = embed_dim if c.pool == "query" else c.width
         self.norm = norm(normed_width, c.norm_eps, rngs=rngs) if c.last_norm else None
+        self.head = _head(c, execution, rngs) if c.head_depth else None
+        self.head_norm = norm(c.width, c.norm_eps, rngs=rngs) if c.head_depth else None
         heads = c.pool_heads or c.heads
         if c.pool == "query":
             self.pool = QueryPool(
@@ -127,6 +131,11 @@ class ViTTower(nnx.Module):
         """
         if self.config.pool == "qformer":
             return self(images)
+        if self.config.pool == "class_mean":
+            raise ConfigError(
+                "a patch has no embedding of its own in a tower whose embedding is its class token "
+                "beside the mean of its patches (dino.txt): use a tower with another pool"
+            )
         intermediates = Intermediates()
         x, _ = self._tokens(images, None, intermediates)
         if self.config.pool == "class":
@@ -198,6 +207,11 @@ class ViTTower(nnx.Module):
             case "probe":
                 assert isinstance(self.pool, ProbePool)
                 x = self.pool(norm(x), intermediates=part(intermediates, "pool"))
+            case "class_mean":
+                x = norm(x)
+                if self.head is not None and self.head_norm is not None:
+                    x = self.head_norm(self.head(x))
+                x = jnp.concatenate([x[:, 0], x[:, c.prefix_tokens :].mean(1)], axis=-1)
             case "qformer":
                 assert isinstance(self.pool, QFormer)
                 x = self.pool(norm(x))
@@ -227,11 +241,20 @@ class ViTTower(nnx.Module):
         ), mask
 
 
-def _pooled_width(c: ViTConfig, embed_dim: int) -> int:
-    """Width of the vectors that are projected."""
-    if c.qformer is not None:
-        return c.qformer.width
-    return embed_dim if c.pool == "query" else c.width
+def _head(c: ViTConfig, execution: Execution, rngs: nnx.Rngs) -> Transformer:
+    """Blocks between the norm and the pooling."""
+    return Transformer(
+        c.width,
+        c.head_depth,
+        c.heads,
+        c.head_mlp_dim or c.mlp_dim,
+        act=c.activation,
+        norm_eps=c.norm_eps,
+        layer_scale=True,
+        mlp="swiglu_plain",
+        execution=execution,
+        rngs=rngs,
+    )
 
 
 def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[str, float]:
@@ -271,9 +294,13 @@ def flops(config: ViTConfig, embed_dim: int, *, training: bool = False) -> dict[
         pool = qformer_flops(c.qformer, c.width, tokens)
     elif c.pooler:
         pool = 2 * c.width**2
+    elif c.head_depth:
+        size = replace(c, depth=c.head_depth, mlp_dim=c.head_mlp_dim or c.mlp_dim)
+        pool = sum(block_flops(size, tokens, gated=True).values())
+    pooled_width = embed_dim if c.pool == "query" else c.pooled_width
     return {
         "stem": stem,
         **block_flops(c, tokens, gated=c.mlp != "plain"),
         "pool": pool,
-        "projection": c.vectors * projection_flops(c, _pooled_width(c, embed_dim), embed_dim),
+        "projection": c.vectors * projection_flops(c, pooled_width, embed_dim),
     }

@@ -1,7 +1,8 @@
 """State dicts without a config: files of open_clip's trainer, timm's and vlm's parameters, by name.
 
 Names are open_clip's (`ViT-B-32`), timm's of plain ViTs (`vit_base_patch16_224.mae`, a vision tower
-alone), and those of `vlm.models.recipes` (`clip-B/16`, with vlm's names of parameters).
+alone), and those of `vlm.models.recipes` (`clip-B/16`, with vlm's names of parameters). dino.txt is
+a folder of two files (`weights/dinotxt.py`).
 `open_clip_architectures.json` has the model_cfg of every image-text architecture of open_clip's
 main branch, one on each line; open_clip's MIT licence holds for it. Preprocessing is the default of
 that library (of timm, that of the name and its tag), and the log tells it.
@@ -22,7 +23,7 @@ from etils import epath
 from vlm.errors import CheckpointError, ConfigError
 from vlm.inputs.tokenizer import VOCABULARY_FILE, Tokenizer
 from vlm.models import recipes, variants
-from vlm.weights import open_clip, timm, timm_folders
+from vlm.weights import dinotxt, open_clip, timm, timm_folders
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.files import SafetensorsFile, Tensors
 from vlm.weights.instantiate import abstract_model
@@ -54,7 +55,7 @@ def find_architecture(name: str) -> str:
     Raises:
         ConfigError: there is none; the message lists similar names.
     """
-    names = (*timm.TOWERS, *RECIPES, *architectures())
+    names = (*timm.TOWERS, *RECIPES, *architectures(), dinotxt.ARCHITECTURE)
     known = {_plain(architecture): architecture for architecture in names}
     if (found := known.get(_plain(name))) is not None:
         return found
@@ -70,7 +71,7 @@ def _plain(name: str) -> str:
 
 
 def open_state_dict(path: epath.Path, architecture: str) -> Checkpoint:
-    """Open a file of weights of an architecture.
+    """Open a file of weights of an architecture, or the folder of dino.txt.
 
     Tokenizers that are not CLIP's own are read from the files beside it.
 
@@ -79,6 +80,8 @@ def open_state_dict(path: epath.Path, architecture: str) -> Checkpoint:
         ConfigError: an unknown `architecture`.
     """
     name = find_architecture(architecture)
+    if name == dinotxt.ARCHITECTURE:
+        return dinotxt.open_folder(path)
     if not path.is_file() or path.suffix not in _ENDINGS:
         raise CheckpointError(
             f"architecture {name!r} is for a file of weights ({', '.join(_ENDINGS)}), which "
