@@ -408,8 +408,8 @@ def load(
             tensors; "tensorflow", as big_vision. None: that of the files.
         decode: conversion of image files to RGB, "intended" or "reference": see `PreprocessConfig`.
         base: path of an adapter's base model, if it has moved. None: the recorded path.
-        architecture: its name, for a file of weights alone: open_clip's, timm's or a recipe's; or for
-            the folder of dino.txt.
+        architecture: its name, for a file of weights alone: open_clip's, timm's or a recipe's. Also
+            for the folder of dino.txt.
 
     Raises:
         CheckpointError: the checkpoint is missing, corrupt or of another architecture; or an

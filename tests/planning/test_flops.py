@@ -19,6 +19,7 @@ from vlm.config import (
     FastViTStage,
     GroupViTConfig,
     MeshConfig,
+    QFormerConfig,
     ResNetV1Config,
     SwinConfig,
     ViTaminConfig,
@@ -157,6 +158,10 @@ TOWERS = [
               projection="linear"),
     ViTConfig(32, 8, 24, 2, 3, 40, pool="map", pool_mlp_dim=100, projection="linear"),
     ViTConfig(32, 8, 24, 2, 3, 40, pool="probe", projection="linear", mlp="swiglu_plain"),
+    ViTConfig(32, 8, 24, 2, 3, 40, pool="qformer", projection="linear_bias",
+              qformer=QFormerConfig(5, 30, 3, 3, 20)),
+    ViTConfig(32, 8, 24, 2, 3, 40, pool="class_mean", projection="linear", head_depth=2,
+              head_mlp_dim=30),
     GroupViTConfig(32, 8, 24, (2, 1, 1), (5, 3, 0), 3, 40, 10, 30, projection_dim=28),
 ]  # fmt: skip
 

@@ -126,7 +126,7 @@ def default_model() -> Entry:
 
 
 # Codes of the languages of models with few; all others fit every language.
-_FEW = {"English": ("en",), "English, Chinese": ("en", "zh")}
+_FEW = {"English": ("en",), "Chinese": ("zh",), "English, Chinese": ("en", "zh")}
 OPEN_LICENCES = ("MIT", "Apache-2.0")  # that allow any use of the weights
 
 
