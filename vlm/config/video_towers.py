@@ -87,7 +87,8 @@ class XCLIPConfig(_VideoTower):
         depth: Number of those blocks. In each, the frames exchange a message.
         heads: Number of attention heads of those blocks.
         mlp_dim: Width of the hidden layer of a block's MLP.
-        frame_depth: Number of blocks over the frames' embeddings.
+        frame_depth: Number of blocks of the multi-frame integration transformer, over the frames'
+            embeddings.
         frame_heads: Number of attention heads of those blocks.
         frame_mlp_dim: Width of the hidden layer of their MLPs.
         prompt_depth: Number of blocks that add a video's features to a text.

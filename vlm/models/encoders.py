@@ -34,7 +34,7 @@ class EncoderTower(nnx.Module):
         rotary = c.positions == "rotary"
         self.embedding_norm = _norm(c, rngs) if rotary else None
         shape = (c.buckets, c.heads)
-        self.distance = None if rotary else nnx.Param(table(rngs.params(), shape))
+        self.relative_position_bias = None if rotary else nnx.Param(table(rngs.params(), shape))
         self.transformer = Blocks(c, execution=execution, rngs=rngs)
         self.norm = _norm(c, rngs)
         self.projection = projection(c, c.width, embed_dim, dtype=execution.dtype, rngs=rngs)
@@ -56,9 +56,11 @@ class EncoderTower(nnx.Module):
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         real = tokens != c.pad_id
         bias = None
-        if self.distance is not None:
+        if self.relative_position_bias is not None:
             ranges = distance_ranges(tokens.shape[1], c.buckets, c.max_distance)
-            bias = self.distance[...][ranges].transpose(2, 0, 1)  # (heads, queries, keys)
+            bias = self.relative_position_bias[...][ranges].transpose(
+                2, 0, 1
+            )  # (heads, queries, keys)
         x = self.norm(self.transformer(x, real, bias, keys))
         pools = {"first": lambda x, real: x[:, 0], "mean": mean_pool, "max": max_pool}
         x = pools[c.pool](x, real)

@@ -1,8 +1,8 @@
 """X-CLIP (Ni et al., 2022, arXiv:2208.02816): CLIP for videos.
 
-In every block each frame sends a message to the others. A transformer over the frames makes one
-embedding. The features of the video's patches then change the text embeddings that it is compared
-with.
+In every block each frame sends a message to the others. The multi-frame integration transformer
+(MIT) makes one embedding of the frames'. The features of the video's patches then change the text
+embeddings that it is compared with.
 """
 
 import functools

@@ -243,7 +243,7 @@ def _t5_rules() -> list[Rule]:
     layers = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
     return [
         Rule(f"{_ROOT}.embed_tokens.weight", "text.embedding"),
-        Rule(_DISTANCE, "text.distance"),
+        Rule(_DISTANCE, "text.relative_position_bias"),
         Rule(f"{attention}.layer_norm.weight", f"{_OURS}.attention_norm.scale"),
         *heads,
         Rule(f"{mlp}.layer_norm.weight", f"{_OURS}.mlp_norm.scale"),
