@@ -79,6 +79,7 @@ def test_one_vector_of_an_image_is_refused(blip2, golden, tmp_path):
 
 
 def test_bundles_keep_the_vectors(blip2, golden, tmp_path):
+    assert "embedding 5 x 16" in repr(blip2)
     blip2.save(tmp_path / "bundle")
     again = vlm.load(tmp_path / "bundle")
     ours, theirs = (np.asarray(vlm.heads.image_tokens(m, golden[0])) for m in (blip2, again))

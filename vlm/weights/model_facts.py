@@ -20,7 +20,7 @@ def facts_of(model: DualEncoder, tokenizer: Tokenizer) -> dict[str, str]:
         "parameters": f"{count / 1e6:,.1f} M",
         "image": "no tower" if c.vision.kind == "none" else image,
         "text": "no tower" if c.text.kind == "none" else text,
-        "embedding": f"{c.embed_dim}",
+        "embedding": f"{c.vision.vectors} x " * (c.vision.vectors > 1) + f"{c.embed_dim}",
         "loss": c.loss,
     }
     if rules.prompts:
