@@ -94,6 +94,7 @@ def test_bundles_keep_the_vectors(blip2, golden, tmp_path):
         (None, {"architectures": ["Blip2ForConditionalGeneration"]}, "vlm reads Blip2ForImageText"),
         ("vision_config", {"qkv_bias": False}, "qkv_bias is False: vlm supports True"),
         ("qformer_config", {"use_qformer_text_input": False}, "use_qformer_text_input is False"),
+        ("qformer_config", {"hidden_act": "relu"}, "qformer_config.hidden_act is 'relu': vlm supp"),
         ("qformer_config", {"cross_attention_frequency": 1}, r"missing.*layer\.1\.crossattention"),
         ("qformer_config", {"num_attention_heads": 5}, "width 24 is not a multiple of heads 5"),
         ("qformer_config", {"vocab_size": 200}, "tokenizer has .* tokens and its embedding table"),

@@ -1,7 +1,7 @@
 """Config of a Q-Former, which turns the patches of an image into a few vectors."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlm.config.base import Config
 from vlm.config.bounds import check_heads
@@ -18,7 +18,6 @@ class QFormerConfig(Config):
         heads: Number of attention heads; they divide the width.
         mlp_dim: Width of the hidden layer of a block's MLP.
         cross_every: Attend to the patches in every block of this number, from the first on.
-        activation: Activation of the MLPs.
         norm_eps: Epsilon of the layer norms.
 
     Example:
@@ -27,13 +26,14 @@ class QFormerConfig(Config):
         32
     """
 
+    activation: ClassVar[Literal["gelu"]] = "gelu"  # of all published models
+
     queries: int = 32
     width: int = 768
     depth: int = 12
     heads: int = 12
     mlp_dim: int = 3072
     cross_every: int = 2
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu"] = "gelu"
     norm_eps: float = 1e-12
 
     def check(self):

@@ -70,6 +70,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     c, text = huggingface.read_tower(values, "qformer", _QFORMER, where)
     choice(vision["qkv_bias"], (True,), f"{where}: vision_config.qkv_bias")
     choice(c["use_qformer_text_input"], (True,), f"{where}: qformer_config.use_qformer_text_input")
+    choice(c["hidden_act"], (QFormerConfig.activation,), f"{where}: qformer_config.hidden_act")
     model = with_defaults(values, _MODEL, where)
     blocks = {name: text[name] for name in _BLOCKS}
     return ModelConfig(
@@ -96,7 +97,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     )
 
 
-_BLOCKS = ("width", "depth", "heads", "mlp_dim", "activation", "norm_eps")
+_BLOCKS = ("width", "depth", "heads", "mlp_dim", "norm_eps")
 
 
 def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:
