@@ -40,6 +40,7 @@ CONFIG = ModelConfig(
         causal=True, pool="end", end_id=1, projection="linear",
     ),
     embed_dim=8,
+    matryoshka=(6, 8),
 )  # fmt: skip
 
 

@@ -57,6 +57,13 @@ def test_base64_and_usage_follow_the_openai_api(server, bundle):
     assert (reply.json["object"], reply.json["model"]) == ("list", "small")
 
 
+def test_truncated_embeddings_are_those_of_the_truncated_model(server, bundle):
+    reply = server.ask("/v1/embeddings", {"input": "a green stripe", "dimensions": 6}).json
+    found = np.array(reply["data"][0]["embedding"])
+    expected = bundle.with_dimensions(6).encode_text("a green stripe")[0]
+    assert np.allclose(found, expected, atol=1e-5)
+
+
 def test_a_prompt_is_put_before_texts(server, bundle):
     text = "a green stripe"
     reply = server.ask("/v1/embeddings", {"input": text, "prompt": "query"}).json

@@ -28,10 +28,12 @@ def routes(service: Service) -> APIRouter:
         """
         service.check_model(body.model)
         service.check_prompt(body.prompt)
-        if body.dimensions not in (None, service.model.embed_dim):
+        full = service.model.embed_dim
+        sizes = [full, *(size for size in service.model.config.matryoshka if size < full)]
+        if body.dimensions not in (None, *sizes):
             raise RequestError(
-                f"the embeddings of {service.name} have {service.model.embed_dim} dimensions: "
-                "omit the field dimensions",
+                f"the embeddings of {service.name} have {' or '.join(map(str, sizes))} dimensions: "
+                "give one of these, or omit the field dimensions",
                 400,
                 "invalid_dimensions",
                 param="dimensions",
@@ -51,7 +53,7 @@ def routes(service: Service) -> APIRouter:
             results,
             lambda rows: [
                 Embedding(index=i, embedding=encode_embedding(row, body.encoding_format))
-                for i, row in rows.items()
+                for i, row in _truncated(rows, body.dimensions).items()
             ],
             [f"input[{i}]" for i in range(len(items))] if many else ["input"],
         )
@@ -67,6 +69,14 @@ def routes(service: Service) -> APIRouter:
         return EmbeddingsAnswer(model=service.name, data=data, usage=usage)
 
     return router
+
+
+def _truncated(rows: dict[int, np.ndarray], dimensions: int | None) -> dict[int, np.ndarray]:
+    """Truncate embeddings to their first dimensions (Matryoshka), of unit norm again."""
+    if dimensions is None:
+        return rows
+    cut = {i: row[:dimensions] for i, row in rows.items()}
+    return {i: row / np.linalg.norm(row) for i, row in cut.items()}
 
 
 def _parts(item: Input, name: str) -> tuple[str | None, str | None] | RequestError:

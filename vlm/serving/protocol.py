@@ -73,7 +73,10 @@ class EmbeddingsRequest(_ModelRequest):
     input: Input | Annotated[list[Input], Field(min_length=1, fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
-        default=None, ge=1, description="Optional; must be the model's embedding dimension."
+        default=None,
+        ge=1,
+        description="Optional: the model's embedding dimension, or a smaller one that it was "
+        "trained for (Matryoshka).",
     )
     prompt: Text | None = PROMPT
     user: Text | None = None
