@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,6 +101,16 @@ def is_remote(path: epath.PathLike) -> bool:
 def on_disk(path: epath.PathLike) -> epath.Path:
     """Make a local path absolute. Remote paths are absolute already (epath would break them)."""
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
+
+
+def replace_text(file: epath.Path, text: str) -> None:
+    """Write a file that readers find either as before or complete, even if the writer is killed."""
+    if is_remote(file):  # objects of a bucket are replaced as a whole
+        file.write_text(text)
+    else:
+        part = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
+        part.write_text(text)
+        part.replace(file)
 
 
 def decode_text(data: bytes, where: str) -> str:

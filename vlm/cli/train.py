@@ -4,9 +4,10 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
-from vlm.cli import parse
+from vlm.cli import elastic, parse
 from vlm.cli.commands import COMMON, UsageError
 from vlm.cli.help import Page, of_config
 from vlm.cli.signatures import Option
@@ -45,6 +46,9 @@ Several hosts: start the same command on each. Cloud TPU, SLURM, Open MPI and Ku
 detected. Elsewhere add --coordinator HOST:PORT --processes N --process-id I, or set
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
+Elastic: --processes MIN:MAX on each host restarts the run after failures, with the processes that
+remain. It needs a --run-dir that all hosts share, and --process-id; a coordinator is chosen.
+
 Examples:
   vlm train openmoji
   vlm train configs/openmoji.py --optimizer.learning-rate 3e-4 --epochs 10
@@ -53,7 +57,8 @@ Examples:
   vlm train openmoji --init-from runs/openmoji --adapter.rank 8
   vlm train --resume runs/openmoji --mesh.fsdp 4 --checkpoint-minutes 5
   vlm train configs/siglip_b16.py --bucket gs://my-bucket
-  vlm train --resume runs/openmoji --coordinator 10.0.0.1:1234 --processes 2 --process-id 0"""
+  vlm train --resume runs/openmoji --coordinator 10.0.0.1:1234 --processes 2 --process-id 0
+  vlm train openmoji --run-dir /shared/openmoji --processes 2:4 --process-id 0"""
 
 USAGE = (
     "vlm train CONFIG [options]",
@@ -72,8 +77,28 @@ MORE = (
         "those of the config",
     ),
     Option("--coordinator", "HOST:PORT", "Address of process 0, for several hosts.", "detected"),
-    Option("--processes", "INTEGER", "Number of processes of all hosts.", "detected"),
+    Option(
+        "--processes",
+        "INTEGER|MIN:MAX",
+        "Number of processes of all hosts; with MIN:MAX, an elastic run.",
+        "detected",
+    ),
     Option("--process-id", "INTEGER", "Number of this process, from 0.", "detected"),
+    Option(
+        "--rejoin-timeout",
+        "SECONDS",
+        "Elastic: how long a start waits for all MAX processes.",
+        "300",
+    ),
+    Option(
+        "--max-restarts",
+        "INTEGER",
+        "Elastic: restarts in a row without a new checkpoint.",
+        "3",
+    ),
+    Option(
+        "--local-addr", "HOST", "Elastic: address of this host for the other hosts.", "detected"
+    ),
 )
 
 NO_CONFIG = "vlm train needs a config, such as configs/openmoji.py, or --init-from MODEL"
@@ -86,8 +111,14 @@ def main(args: list[str]) -> None:
     if parse.asks_for_help(args[:1]):
         parse.print_help(args, help_page)
     hosts, args = _extract(args, HOSTS)
+    supervision, args = _extract(args, elastic.OPTIONS)
     if not args:
         raise UsageError(NO_CONFIG)
+    if isinstance(hosts.get("process_count"), tuple):
+        return elastic.supervise(args, **hosts, **supervision)
+    if supervision:
+        name = next(name for name, (key, _) in elastic.OPTIONS.items() if key in supervision)
+        raise UsageError(f"{name} is for elastic runs: give --processes MIN:MAX, or leave it out")
     first, *rest = args[0].split("=", 1) + args[1:]
     if first == "--resume":
         if not rest or rest[0].startswith("-"):
@@ -162,7 +193,7 @@ def help_page(
 
 HOSTS = {
     "--coordinator": ("coordinator", str),
-    "--processes": ("process_count", int),
+    "--processes": ("process_count", elastic.count_or_range),
     "--process-id": ("process_id", int),
 }
 START = {
@@ -186,7 +217,7 @@ SIZES = {
 
 
 def _extract(
-    args: list[str], known: dict[str, tuple[str, type]]
+    args: list[str], known: dict[str, tuple[str, Callable[[str], Any]]]
 ) -> tuple[dict[str, Any], list[str]]:
     """Remove the options in `known` from the arguments; return their values and the rest."""
     found, rest = {}, []

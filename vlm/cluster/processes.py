@@ -96,7 +96,7 @@ def _rendezvous_timeout(address: str, count: int | str) -> Iterator[None]:
             f"{RENDEZVOUS_TIMEOUT:.0f} s (VLM_RENDEZVOUS_TIMEOUT): start all {count}, and check "
             "that each reaches process 0 there"
         )
-        os._exit(1)
+        os._exit(watch.RETRY)
 
     waiting = f"waiting at {address} for the other processes of the run"
     timers = (

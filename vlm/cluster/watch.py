@@ -22,6 +22,7 @@ PERIOD = 1.0  # seconds between heartbeats
 HEARTBEAT_TIMEOUT = environment("VLM_HEARTBEAT_TIMEOUT", "VLM_PATIENCE", 30)
 _FAILURE, _ALIVE = "vlm/failure", "vlm/alive/"
 _RESUME = "; resume from the last checkpoint with `vlm train --resume RUN`"
+RETRY = 75  # exit code if the same command may succeed after a restart (EX_TEMPFAIL of sysexits.h)
 # Acquired once, by the heartbeat thread or an exception: whichever reports the exit first.
 _exit_report = threading.Lock()
 _activity = ""  # what this process is doing; sent with each heartbeat
@@ -60,7 +61,7 @@ def stop_all(error: Exception) -> None:
         service().key_value_set(_FAILURE, message)
     _delay_exit_of_first()
     # JAX's own exit handler waits for processes that will never arrive.
-    atexit.register(_exit)
+    atexit.register(_exit, message)
 
 
 def set_activity(activity: str) -> None:
@@ -105,7 +106,7 @@ def _watch() -> None:
         if is_new and _exit_report.acquire(blocking=False):
             print(f"vlm: {message}", file=sys.stderr, flush=True)
             _delay_exit_of_first()
-            _exit()
+            _exit(message)
         if _over.wait(PERIOD):
             return
 
@@ -150,11 +151,11 @@ def _delay_exit_of_first() -> None:
         time.sleep(3 * PERIOD)
 
 
-def _exit() -> None:
+def _exit(message: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     _end_death_reporter()
-    os._exit(1)
+    os._exit(RETRY if message.endswith(_RESUME) else 1)
 
 
 _death_reporter: subprocess.Popen | None = None  # see `report_death`

@@ -22,7 +22,7 @@ from vlm.config import TokenizerConfig, from_dict, to_dict
 from vlm.errors import ConfigError, DataError
 from vlm.inputs.cleaning import CLEANERS
 from vlm.inputs.vocabulary_check import MAX_FILE, library_errors, parse_vocabulary
-from vlm.paths import as_path
+from vlm.paths import as_path, replace_text
 
 VOCABULARY_FILE = "tokenizer.json"
 RULES_FILE = "vlm_tokenizer.json"
@@ -158,7 +158,8 @@ class Tokenizer:
         folder = as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / VOCABULARY_FILE).write_text(self._vocabulary.to_str(pretty=True))
-        (folder / RULES_FILE).write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+        # Last: the folder of a process that was killed meanwhile has no rules.
+        replace_text(folder / RULES_FILE, json.dumps(to_dict(self.config), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> "Tokenizer":

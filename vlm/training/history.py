@@ -34,6 +34,8 @@ def history_text(rows: list[dict[str, Any]]) -> str:
         )
         for name, (old, new) in row["changes"].items():
             lines.append(f"    {name}: {brief(old)} -> {brief(new)}")
+        for name, (old, new) in row.get("fitted", {}).items():
+            lines.append(f"    {name}: {brief(new)} on these devices, and not {brief(old)}")
         if row.get("data"):
             lines.append(f"    the data {row['data']}")
     return "\n".join(lines)

@@ -62,7 +62,7 @@ class RunPhases:
 
     def __init__(self, run: Run, tokenizer: Tokenizer):
         self._run, self._tokenizer = run, tokenizer
-        self.mesh = make_mesh(run.experiment.mesh)
+        self.mesh = make_mesh(run.for_devices(run.experiment).mesh)
         self.count = len(run.experiment.phases)
         self.starts: list[int] = []  # first steps of phases that have begun
         self.end: int | None = None
@@ -183,6 +183,8 @@ class RunPhases:
         e = in_phase(self._run.experiment, number)
         if number:
             e = with_templates(dataclasses.replace(e, data=with_own_splits(e.data)))
+        self._run.report_fitted(e)
+        e = self._run.for_devices(e)
         self._check_sizes(e)
         self.number, self.experiment = number, e
         self.supervision = TrainingSupervision(e, self.mesh, self._tokenizer)
@@ -203,7 +205,7 @@ class RunPhases:
     def _check_phase(self, number: int) -> None:
         """Check the batch size of a later phase, and that its data can be opened."""
         before, e = (in_phase(self._run.experiment, n) for n in (number - 1, number))
-        self._check_sizes(e)
+        self._check_sizes(self._run.for_devices(e))
         if e.data == before.data or (self._run.resumed and not self._run.changes):
             return
         self._open_batches(e, None).close()

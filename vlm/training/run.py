@@ -19,11 +19,14 @@ from vlm.bundle import Bundle
 from vlm.cluster.processes import broadcast_text
 from vlm.config import Experiment, from_dict, to_dict
 from vlm.config.defaults import resumed_experiment
-from vlm.errors import CheckpointError, ConfigError
+from vlm.config.resume import changes_between
+from vlm.errors import CheckpointError, ConfigError, brief
 from vlm.heads import zero_shot
 from vlm.inputs.tokenizer import Tokenizer
-from vlm.paths import as_config_error, as_path
+from vlm.paths import as_config_error, as_path, replace_text
 from vlm.training.changes import check_changes
+from vlm.training.console import log
+from vlm.training.fewer_devices import CHOSEN, devices_before, fitted
 from vlm.training.history import FILE, history_text, read_history
 from vlm.training.preflight import check_folder, check_same_everywhere
 from vlm.training.step import Trainer, TrainState
@@ -43,6 +46,9 @@ class Run:
         # [before, now] of each field that a resumed run changes, and its experiment before
         self.changes: dict[str, list[Any]] = {}
         self.before = experiment
+        # [in the config, now] of each field that is fitted to fewer devices
+        self.fitted: dict[str, list[Any]] = {}
+        self._devices: int | None = None  # that the config was chosen for; None: those of now
         self._existing: set[str] | None = None  # names in a new run's folder before the run
 
     @classmethod
@@ -89,7 +95,24 @@ class Run:
         run.changes, run.before = check_changes(before, run.experiment), before
         check_same_everywhere(run.experiment, resumed=True)
         check_folder(folder)
+        if not any(name.startswith(CHOSEN) for name in run.changes):
+            run._devices = devices_before(run.starts())
         return run
+
+    def for_devices(self, experiment: Experiment) -> Experiment:
+        """Return an experiment of the run for the devices of this start, which may be fewer."""
+        before, now = self._devices, jax.device_count()
+        return experiment if before is None else fitted(experiment, before, now)
+
+    def report_fitted(self, experiment: Experiment) -> None:
+        """Log how `for_devices` changes an experiment, and add it to the next row of the history."""
+        changes = changes_between(experiment, self.for_devices(experiment))
+        self.fitted = {change.name: [change.old, change.new] for change in changes}
+        for name, (old, new) in self.fitted.items():
+            log.info(
+                f"{name} is {brief(new)} on {jax.device_count()} devices; it is {brief(old)} on the "
+                f"{self._devices} that the config was chosen for"
+            )
 
     def record_start(self, step: int, total: int, data: str = "") -> None:
         """Append a line to the history: one for every start, with the changed fields.
@@ -119,6 +142,7 @@ class Run:
             "total_steps": total,
             "changes": changes,
             **({"data": data} if data else {}),
+            **({"fitted": self.fitted} if self.fitted else {}),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(),
             "vlm": __version__,
@@ -203,7 +227,7 @@ class Run:
 
     def _write(self, file: epath.Path, text: str) -> None:
         with as_config_error(f"{file} cannot be written", "make it writable, and resume the run"):
-            file.write_text(text)
+            replace_text(file, text)
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
@@ -251,7 +275,7 @@ def _new_folder(experiment: Experiment) -> epath.Path:
                 "give another --run-dir"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(to_dict(experiment), indent=2))
+        replace_text(config, json.dumps(to_dict(experiment), indent=2))
     return folder
 
 

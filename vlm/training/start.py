@@ -13,7 +13,7 @@ from vlm.config import Experiment
 from vlm.data.pipeline import TrainIterator
 from vlm.data.sources import vocabulary_texts
 from vlm.errors import ConfigError
-from vlm.inputs.tokenizer import Tokenizer, train_bpe
+from vlm.inputs.tokenizer import RULES_FILE, Tokenizer, train_bpe
 from vlm.sharding import placed
 from vlm.training.changes import LENGTHS
 from vlm.training.checkpoint import Checkpoints
@@ -36,7 +36,7 @@ from vlm.weights.vocabularies import CLIP_VOCABULARY
 def open_tokenizer(run: Run) -> Tokenizer:
     """Load the run's tokenizer; a new run takes that of `init_from`, a file, or trains one."""
     with first_process_first():
-        if not run.tokenizer.exists():
+        if not (run.tokenizer / RULES_FILE).exists():
             e = run.experiment
             of_model = e.init_from is not None and e.init_towers != "vision"
             (init_tokenizer if of_model else tokenizer_of)(e).save(run.tokenizer)

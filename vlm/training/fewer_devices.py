@@ -1,0 +1,99 @@
+"""Resume a run on fewer devices: the same global batch, in more micro-batches.
+
+The data axis of the mesh shrinks, and the memory of a micro-batch on each device stays what it was.
+"""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from vlm.config import Experiment, in_phase
+from vlm.errors import VlmError
+from vlm.sharding import AXES, batch_ways, mesh_sizes
+from vlm.training.schedule import check_batch_sizes
+
+# Fields that a user chooses for the devices at hand.
+CHOSEN = ("batch_size", "micro_batch_size", "mesh")
+
+
+def devices_before(rows: list[dict[str, Any]]) -> int | None:
+    """Return the number of devices that the config of a run was chosen for, from its history.
+
+    They are those of the last start that changed the mesh or the batch, or of the first start.
+    """
+    starts = [row for row in rows if "phase" not in row]
+    chosen = [row for row in starts[1:] if any(n.startswith(CHOSEN) for n in row["changes"])]
+    row = (starts[:1] + chosen)[-1:]
+    return _device_count(row[0]) if row else None
+
+
+def fitted(experiment: Experiment, before: int, now: int) -> Experiment:
+    """Return an experiment for `now` devices that was chosen for `before`.
+
+    A fixed data axis becomes what is left for it. The micro-batch is the largest that divides the
+    batch and has at most as many rows on each device as before. With more devices, and where none
+    divides, only the data axis changes.
+
+    Raises:
+        ShardingError: the other axes of the mesh do not divide the devices.
+    """
+    e = experiment
+    if now == before:
+        return e
+    mesh = e.mesh
+    if -1 not in (mesh.data, mesh.fsdp, mesh.tensor) and now % (mesh.fsdp * mesh.tensor) == 0:
+        mesh = dataclasses.replace(mesh, data=-1)
+    e = dataclasses.replace(e, mesh=mesh)
+    if now > before:
+        return e
+    ways_before, ways = batch_ways(_mesh(experiment, before)), batch_ways(_mesh(e, now))
+    rows = (e.micro_batch_size or e.batch_size) // ways_before
+    for parts in range(1, e.batch_size // ways + 1):
+        micro = e.batch_size // parts
+        if e.batch_size % parts or micro > rows * ways:
+            continue
+        changed = dataclasses.replace(e, micro_batch_size=micro)
+        if not _problem(changed, now):
+            return e if micro == (e.micro_batch_size or e.batch_size) else changed
+    return e
+
+
+def problem_of(experiment: Experiment, rows: list[dict[str, Any]], processes: int) -> str:
+    """Return why a run cannot train on so many processes, or an empty string.
+
+    `rows` are its history. Before its first row the devices of a process are not known.
+    """
+    before = devices_before(rows)
+    if before is None:
+        return ""
+    now = _device_count(rows[-1]) // rows[-1]["processes"] * processes
+    for number in range(len(experiment.phases) + 1):
+        e = in_phase(experiment, number)
+        lanes = e.data.interleave
+        if lanes is not None and lanes % processes:
+            return f"data.interleave {lanes} does not divide over {processes} processes"
+        try:
+            if problem := _problem(fitted(e, before, now), now):
+                return problem
+        except VlmError as error:
+            return str(error)
+    return ""
+
+
+def _problem(e: Experiment, devices: int) -> str:
+    """Return why the mesh or the batch does not fit a number of devices, or an empty string."""
+    try:
+        check_batch_sizes(e, _mesh(e, devices))
+    except VlmError as error:
+        return str(error)
+    return ""
+
+
+def _mesh(e: Experiment, devices: int) -> AbstractMesh:
+    return AbstractMesh(mesh_sizes(e.mesh, devices), AXES)
+
+
+def _device_count(row: dict[str, Any]) -> int:
+    """Return the number of devices in a row of the history, such as "4 x TPU v5e"."""
+    return int(row["devices"].partition(" ")[0])
