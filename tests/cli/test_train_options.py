@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 import vlm
+from vlm.cli import elastic, train
 from vlm.cli.train import experiment_of
 from vlm.errors import VlmError
 
@@ -109,3 +110,41 @@ def test_wrong_phases_are_one_sentence(given, message):
     with pytest.raises(VlmError, match=re.escape(message)) as caught:
         experiment_of(["openmoji", "--phases", given])
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------- elastic runs
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([str(CONFIG), "--processes", "4:2"], "--processes 4:2 has no numbers from MIN to MAX"),
+        ([str(CONFIG), "--processes", "2:x"], "--processes takes a number, not '2:x'"),
+        ([str(CONFIG), "--processes", "2:4"], "--processes 2:4 needs a --process-id from 0 to 3"),
+        ([str(CONFIG), "--processes=2:4", "--process-id=4"], "to 3, .* and has 4: give"),
+        (
+            [str(CONFIG), "--processes=2:4", "--process-id=0", "--coordinator=h:1"],
+            "--coordinator does not fit --processes MIN:MAX",
+        ),
+        ([str(CONFIG), "--processes=2:4", "--process-id=0"], "an elastic run needs a --run-dir"),
+        ([str(CONFIG), "--max-restarts", "5"], "--max-restarts is for elastic runs"),
+    ],
+)
+def test_wrong_options_of_an_elastic_run_are_one_sentence(args, message, monkeypatch):
+    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
+    with pytest.raises(VlmError, match=message):
+        train.main(args)
+
+
+def test_an_elastic_run_continues_only_by_the_command_that_started_it(tmp_path):
+    run = tmp_path / "run"
+    args = [str(CONFIG), "--run-dir", str(run)]
+    (run / "elastic").mkdir(parents=True)
+    elastic._check_command(args, str(run))
+    (run / "config.json").write_text("{}")
+    elastic._check_command(args, str(run))
+    with pytest.raises(VlmError, match=r"already holds a run, by vlm train .*: resume it with"):
+        elastic._check_command([*args, "--epochs", "3"], str(run))
+    (run / "elastic" / "command.json").unlink()
+    with pytest.raises(VlmError, match=r"already holds a run: resume it with vlm train --resume"):
+        elastic._check_command(args, str(run))

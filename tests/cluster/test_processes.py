@@ -68,7 +68,7 @@ def test_those_who_come_do_not_wait_for_ever():
     ]
     for process in waiting:
         _, message = process.communicate(timeout=120)
-        assert process.returncode == 1
+        assert process.returncode == watch.RETRY
         assert (
             f"did not all connect to {address} in 4 s (VLM_RENDEZVOUS_TIMEOUT): start all 3"
             in message
@@ -94,7 +94,7 @@ except ConfigError as error:
 """
 # The first process right after the other one.
 BOTH_FAIL = """
-        while first and watch._get(watch.service(), watch._VERDICT) is None:
+        while first and watch._get(watch.service(), watch._FAILURE) is None:
             time.sleep(0.01)
         raise ConfigError("batch_size 8 does not divide: choose 6")
 """
@@ -108,7 +108,7 @@ ONE_DIES = """
 """
 
 
-def pair(act: str) -> list[list[str]]:
+def pair(act: str, code: int = 1) -> list[list[str]]:
     """The sentences of each of two processes, which both end in an error."""
     address = free_address()
     line = [sys.executable, "-c", PAIR.format(act=act.strip()), address]
@@ -118,7 +118,7 @@ def pair(act: str) -> list[list[str]]:
         for number in ("0", "1")
     ]
     message = [process.communicate()[1].splitlines() for process in both]
-    assert [process.returncode for process in both] == [1, 1], message
+    assert [process.returncode for process in both] == [code, 1], message
     return [[line for line in lines if line.startswith("vlm: ")] for lines in message]
 
 
@@ -132,7 +132,7 @@ def test_what_all_fail_of_each_says_once():
 
 @pytest.mark.slow
 def test_a_death_is_not_taken_for_a_fault_of_the_disk():
-    (message,), _ = pair(ONE_DIES)
+    (message,), _ = pair(ONE_DIES, watch.RETRY)
     assert f"process 1 of 2 on {socket.gethostname()} died" in message
 
 

@@ -144,7 +144,7 @@ def disturb(cluster: Cluster, faults: int, dice: random.Random, shrinking: bool)
     kinds += ["leaving"] * 4 if shrinking else []
     caused, last_group, away = Counter(), -1, []
     while sum(caused.values()) < faults:
-        cluster.wait_for(lambda: cluster.group()[0] > last_group or cluster.ended(), "a start")
+        cluster.wait_for(lambda n=last_group: cluster.group()[0] > n or cluster.ended(), "a start")
         if cluster.ended():
             break
         last_group, hosts = cluster.group()

@@ -14,6 +14,7 @@ import pytest
 from processes import KILLS, environment, losses, send_at, start, wait, weights, write_config
 from safetensors.numpy import load as load_safetensors
 
+from vlm.cluster import watch
 from vlm.config import EvalConfig, PreprocessConfig
 from vlm.training.loop import train
 
@@ -136,7 +137,7 @@ def test_a_killed_or_interrupted_pair_ends_the_same(pair, tmp_path, _):
     first = Pair([config, "--run-dir", run], tmp_path)
     send_at(signal.SIGKILL, random.randrange(4, 8), run, first.processes[1:])
     began = time.monotonic()
-    output, _ = first.wait(1, -signal.SIGKILL)
+    output, _ = first.wait(watch.RETRY, -signal.SIGKILL)
     assert time.monotonic() - began < HEARTBEAT_TIMEOUT + 30
     assert f"process 1 of 2 on {socket.gethostname()} died" in output
     assert "vlm train --resume" in output

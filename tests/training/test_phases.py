@@ -15,6 +15,7 @@ from processes import environment, losses, send_at, start, wait, weights, write_
 from test_hosts import Pair
 
 from vlm.bundle import load
+from vlm.cluster import watch
 from vlm.config import FieldFilter, MeshConfig, MixturePart, Phase
 from vlm.errors import ConfigError
 from vlm.paths import as_path
@@ -172,7 +173,7 @@ def test_two_processes_change_the_phase_together(recipe, whole, tmp_path):
     np.testing.assert_allclose(losses(once)[:8], losses(whole)[:8], rtol=1e-4)
     first = Pair([config, "--run-dir", run], tmp_path)
     send_at(signal.SIGKILL, 5, run, first.processes[1:])
-    first.wait(1, -signal.SIGKILL)
+    first.wait(watch.RETRY, -signal.SIGKILL)
     Pair(["--resume", run], tmp_path).wait()
     assert weights(run) == weights(once)
     assert losses(run) == losses(once)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm.cli import elastic, parse
@@ -217,7 +217,7 @@ SIZES = {
 
 
 def _extract(
-    args: list[str], known: dict[str, tuple[str, Callable[[str], Any]]]
+    args: list[str], known: Mapping[str, tuple[str, Callable[[str], Any]]]
 ) -> tuple[dict[str, Any], list[str]]:
     """Remove the options in `known` from the arguments; return their values and the rest."""
     found, rest = {}, []

@@ -1,6 +1,6 @@
 """Elastic runs: a supervisor on each host restarts training with the hosts that remain.
 
-The supervisors meet in a folder that all hosts share, so any host may die, the coordinator included.
+The supervisors meet in a folder that all hosts share, so any host may die, even the coordinator.
 Each writes a record once a second. The waiting host of the lowest number forms the next group: the
 hosts that train together, and the address of their coordinator.
 """

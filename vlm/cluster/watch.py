@@ -102,11 +102,11 @@ def _watch() -> None:
                     client.key_value_set(_FAILURE, message)
         except jax.errors.JaxRuntimeError:
             return  # process 0 is dead and JAX aborts us (see `report_death`), or the run ends
-        is_new = message is not None and not message.startswith(name(me))
-        if is_new and _exit_report.acquire(blocking=False):
-            print(f"vlm: {message}", file=sys.stderr, flush=True)
+        new = message if message and not message.startswith(name(me)) else None
+        if new and _exit_report.acquire(blocking=False):
+            print(f"vlm: {new}", file=sys.stderr, flush=True)
             _delay_exit_of_first()
-            _exit(message)
+            _exit(new)
         if _over.wait(PERIOD):
             return
 

@@ -105,13 +105,13 @@ class Run:
         return experiment if before is None else fitted(experiment, before, now)
 
     def report_fitted(self, experiment: Experiment) -> None:
-        """Log how `for_devices` changes an experiment, and add it to the next row of the history."""
+        """Log the changes of `for_devices`, and add them to the next row of the history."""
         changes = changes_between(experiment, self.for_devices(experiment))
         self.fitted = {change.name: [change.old, change.new] for change in changes}
         for name, (old, new) in self.fitted.items():
             log.info(
-                f"{name} is {brief(new)} on {jax.device_count()} devices; it is {brief(old)} on the "
-                f"{self._devices} that the config was chosen for"
+                f"{name} is {brief(new)} on {jax.device_count()} devices; it is {brief(old)} on "
+                f"the {self._devices} that the config was chosen for"
             )
 
     def record_start(self, step: int, total: int, data: str = "") -> None:

@@ -1,0 +1,200 @@
+"""Supervisors restart training with the hosts that remain.
+
+Real runs: `tests/training/elastic_faults.py`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from vlm.cluster import watch
+from vlm.cluster.elastic import Group, Hosts, Supervisor
+from vlm.errors import ConfigError
+
+
+def hosts_in(folder: Path, count: int) -> list[Hosts]:
+    """Hosts that have seen each other alive and waiting."""
+    hosts = [Hosts(epath.Path(folder), i) for i in range(count)]
+    for _ in range(3):
+        for i, host in enumerate(hosts):
+            host.beat(state="waiting", address=f"host{i}:1")
+    return hosts
+
+
+def supervisor(hosts: Hosts, problem=lambda count: "", fewest=2, most=4, **more) -> Supervisor:
+    return Supervisor(
+        **{
+            "hosts": hosts,
+            "fewest": fewest,
+            "most": most,
+            "address": "127.0.0.1",
+            "rejoin_timeout": 10.0,
+            "max_restarts": 2,
+            "arguments": ("config",),
+            "command": lambda: ["true"],
+            "problem": problem,
+            "progress": lambda: 0,
+        }
+        | more
+    )
+
+
+def test_all_hosts_are_a_group_at_once(tmp_path):
+    hosts = hosts_in(tmp_path, 4)
+    supervisor(hosts[0])._form(0, hosts[0].alive("waiting"), waited=0.0)
+    group = hosts[3].newest_group()
+    assert group == Group(
+        0, {i: host.session for i, host in enumerate(hosts)}, "host0:1", ("config",)
+    )
+
+
+def test_those_who_remain_are_a_group_after_the_timeout(tmp_path, capsys):
+    hosts = hosts_in(tmp_path, 3)
+
+    def problem(count: int) -> str:
+        return "batch_size 16 does not divide over the 3 devices" if count == 3 else ""
+
+    lead = supervisor(hosts[0], problem)
+    lead._form(7, [0, 1, 2], waited=9.0)
+    assert hosts[1].newest_group() is None
+    lead._form(7, [0, 1, 2], waited=10.0)
+    assert hosts[1].newest_group().hosts == [0, 1]
+    assert (
+        "going on with 2 processes of 4, and 1 to spare: batch_size 16" in capsys.readouterr().err
+    )
+
+
+def test_too_few_hosts_are_an_error_with_the_reason(tmp_path):
+    (host,) = hosts_in(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"1 process came in 10 s .* needs at least 2: start the"):
+        supervisor(host)._form(0, [0], waited=10.0)
+    lead = supervisor(hosts_in(tmp_path, 2)[0], lambda count: "no")
+    with pytest.raises(ConfigError, match=r"2 processes came in 10 s .*, and no: start"):
+        lead._form(0, [0, 1], waited=10.0)
+
+
+def test_a_silent_or_restarted_host_is_lost(tmp_path, monkeypatch):
+    hosts = hosts_in(tmp_path, 3)
+    group = Group(0, {i: host.session for i, host in enumerate(hosts)}, "", ())
+    assert hosts[0].lost(group) == []
+    again = hosts_in(tmp_path, 2)[1]  # hosts 0 and 1 with other sessions
+    again.beat(state="waiting")
+    hosts[2].beat(state="running", group=0, code=None)
+    assert hosts[2].lost(group) == [0, 1]
+    monkeypatch.setattr(watch, "HEARTBEAT_TIMEOUT", -1.0)
+    assert hosts[2].lost(group) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("codes", "stopping", "outcome"),
+    [
+        ((0, 0), False, 0),  # the run has ended
+        ((0, 0), True, None),  # it was stopped to start again
+        ((-9, 75), False, None),
+        ((-9, 1), False, None),  # an error that follows from a death
+        ((1, 75), False, None),
+        ((1, 1), False, 1),  # an error for the user to fix
+        ((0, 2), False, 2),
+    ],
+)
+def test_what_follows_from_the_exit_codes_of_a_group(tmp_path, codes, stopping, outcome):
+    hosts = hosts_in(tmp_path, 2)
+    group = Group(3, {i: host.session for i, host in enumerate(hosts)}, "", ())
+    stop = {"stopping": 3} if stopping else {}
+    for _ in range(2):
+        for host, code in zip(hosts, codes, strict=True):
+            host.beat(group=3, code=code, **stop)
+    assert [supervisor(host)._outcome(group) for host in hosts] == [outcome, outcome]
+    newest = hosts[0].newest_group()
+    assert (newest is not None and newest.finished) == (outcome == 0)
+
+
+def test_a_host_that_trains_again_has_ended_before(tmp_path):
+    """Its exit code is overwritten, and means a restart, which all hosts decide alike."""
+    hosts = hosts_in(tmp_path, 2)
+    group = Group(3, {i: host.session for i, host in enumerate(hosts)}, "", ())
+    hosts[0].beat(state="running", group=4, code=None)
+    hosts[1].beat(group=3, code=-9)
+    assert supervisor(hosts[1])._outcome(group) is None
+
+
+SUPERVISOR = """
+import sys
+from etils import epath
+from vlm.cluster import elastic, watch
+elastic.PERIOD, elastic.GRACE, watch.HEARTBEAT_TIMEOUT = 0.1, 0.5, 3.0
+folder, host = epath.Path(sys.argv[1]), int(sys.argv[2])
+command = [sys.executable, "-S", "-c", sys.argv[3], str(folder)]
+sys.exit(elastic.Supervisor(
+    elastic.Hosts(folder, host), 2, 3, "127.0.0.1", 2.0, 2, (), lambda: command, lambda count: "",
+    lambda: len(list(folder.glob("pid-*"))),
+).run())
+"""
+# Runs until the file `end` is there, or one process of its start has had a SIGTERM.
+TRAINING = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+stop = folder / f"stop-{os.environ['JAX_COORDINATOR_ADDRESS']}"
+signal.signal(signal.SIGTERM, lambda *_: stop.touch())
+name = f"pid-{os.environ['JAX_PROCESS_ID']}-of-{os.environ['JAX_NUM_PROCESSES']}-{time.time()}"
+(folder / f".{name}").write_text(str(os.getpid()))
+(folder / f".{name}").rename(folder / name)
+while not (folder / "end").exists() and not stop.exists():
+    time.sleep(0.05)
+"""
+
+
+def start(folder: Path, host: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", SUPERVISOR, str(folder), str(host), TRAINING]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def started(folder: Path, count: int, before: set[Path]) -> dict[int, int]:
+    """Wait for a new start with so many processes; return their pids."""
+    end = time.monotonic() + 120
+    while True:
+        paths = set(folder.glob(f"pid-*-of-{count}-*")) - before
+        if len(paths) == count:
+            before |= paths
+            return {int(path.name.split("-")[1]): int(path.read_text()) for path in paths}
+        assert time.monotonic() < end, sorted(folder.iterdir())
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes die with their parent on Linux")
+def test_supervisors_restart_shrink_and_grow(tmp_path):
+    supervisors, seen = {host: start(tmp_path, host) for host in range(3)}, set()
+    try:
+        pids = started(tmp_path, 3, seen)
+        os.kill(pids[0], signal.SIGKILL)  # the coordinator process
+        pids = started(tmp_path, 3, seen)
+        supervisors[0].kill()  # its host
+        supervisors[0].communicate()
+        shrunk = started(tmp_path, 2, seen)
+        assert not any(map(alive, pids.values()))
+        supervisors[0] = start(tmp_path, 0)
+        started(tmp_path, 3, seen)
+        assert not any(map(alive, shrunk.values()))
+        supervisors[2].terminate()  # it leaves, and the others go on
+        assert supervisors[2].wait(60) == 0
+        started(tmp_path, 2, seen)
+        (tmp_path / "end").touch()
+        assert [supervisors[host].wait(60) for host in range(2)] == [0, 0]
+        assert "the run has ended" in start(tmp_path, 2).communicate(timeout=60)[1]
+    finally:
+        for process in supervisors.values():
+            process.kill()
