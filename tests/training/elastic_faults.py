@@ -101,6 +101,8 @@ class Cluster:
         self.supervisors[host].wait()
 
     def kill_process(self, host: int) -> None:
+        """Kill the training process of a host, once its supervisor has started it."""
+        self.wait_for(lambda: self._children(host) or self.ended(), "a process")
         for child in self._children(host):
             os.kill(child, signal.SIGKILL)
 
