@@ -128,7 +128,7 @@ SUPERVISOR = """
 import sys
 from etils import epath
 from vlm.cluster import elastic, watch
-elastic.PERIOD, elastic.GRACE, watch.HEARTBEAT_TIMEOUT = 0.1, 0.5, 3.0
+elastic.PERIOD, elastic.KILL_DELAY, watch.HEARTBEAT_TIMEOUT = 0.1, 0.5, 3.0
 folder, host = epath.Path(sys.argv[1]), int(sys.argv[2])
 command = [sys.executable, "-S", "-c", sys.argv[3], str(folder)]
 sys.exit(elastic.Supervisor(

@@ -26,7 +26,7 @@ from vlm.errors import ConfigError
 from vlm.paths import as_config_error, replace_text
 
 PERIOD = 1.0  # seconds between two records of a host
-GRACE = 5.0  # seconds that a process has to report the death of another, before it is killed
+KILL_DELAY = 5.0  # seconds that a process has to report the death of another, before it is killed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -237,7 +237,7 @@ class Supervisor:
                     lost_since = None
                 elif lost_since is None:
                     lost_since = time.monotonic()
-                elif time.monotonic() - lost_since > GRACE:
+                elif time.monotonic() - lost_since > KILL_DELAY:
                     _log(f"process {lost[0]} is lost: stopping that of this host")
                     break
                 newest = hosts.newest_group()
