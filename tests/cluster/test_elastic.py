@@ -64,7 +64,9 @@ def test_those_who_remain_are_a_group_after_the_timeout(tmp_path, capsys):
     lead._form(7, [0, 1, 2], waited=9.0)
     assert hosts[1].newest_group() is None
     lead._form(7, [0, 1, 2], waited=10.0)
-    assert hosts[1].newest_group().hosts == [0, 1]
+    group = hosts[1].newest_group()
+    assert group is not None
+    assert group.hosts == [0, 1]
     assert (
         "going on with 2 processes of 4, and 1 to spare: batch_size 16" in capsys.readouterr().err
     )

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +89,12 @@ def test_a_run_goes_on_with_three_of_four_devices(tiny, tmp_path):
     rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert rows[-1]["fitted"] == {"micro_batch_size": [None, 6]}
     assert json.loads((run / "config.json").read_text())["micro_batch_size"] is None
+
+
+@pytest.mark.slow
+def test_an_elastic_run_of_four_processes_ends_as_without_faults():
+    script = Path(__file__).with_name("elastic_faults.py")
+    options = ["--faults", "3", "--steps", "60", "--seed", "1", "--only", "shrinking"]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 faults" in done.stdout
