@@ -154,8 +154,7 @@ class Bundle(FactSheet):
         """Encode texts to unit-norm embeddings.
 
         Long texts are truncated; `tokenizer.count_truncated` counts them. `prompt` names one of
-        `prompts`, which is put before each text; None is the model's default one, and "" none.
-        `progress` shows a bar, as for images.
+        `prompts` to put before texts; None: the default one; "": none. `progress` shows a bar.
 
         Raises:
             ConfigError: an unknown prompt.
@@ -408,8 +407,7 @@ def load(
             tensors; "tensorflow", as big_vision. None: that of the files.
         decode: conversion of image files to RGB, "intended" or "reference": see `PreprocessConfig`.
         base: path of an adapter's base model, if it has moved. None: the recorded path.
-        architecture: its name, for a file of weights alone: open_clip's, timm's or a recipe's. Also
-            for the folder of dino.txt.
+        architecture: its name, for weights alone or dino.txt: open_clip's, timm's or a recipe's.
 
     Raises:
         CheckpointError: the checkpoint is missing, corrupt or of another architecture; or an
