@@ -5,7 +5,7 @@
     peak of a chip                    7.85 GiB of 16 (compiled; the loss alone 0.68 MiB)
     sent by a chip and step           gradients 569 MiB, loss ring 128 MiB (compiled)
     FLOPs of the model and step       4.04 PFLOP (analytic)
-    step, bound by compute            198 to 296 ms, 111k to 166k pairs/s, MFU 27 to 41% (by hand)
+    step, bound by compute            198 to 296 ms, 111k to 166k pairs/s, MFU 27 to 41% (analytic)
 """
 
 from vlm.config import (

@@ -4,7 +4,7 @@
 
     peak of a chip                    20 GiB of 74.5 (analytic)
     FLOPs of the model and step       0.36 PFLOP (analytic)
-    step, bound by compute            224 to 336 ms, 24k to 37k pairs/s, MFU 14 to 20% (by hand)
+    step, bound by compute            224 to 336 ms, 24k to 37k pairs/s, MFU 14 to 20% (expected)
 """
 
 from vlm.config import (

@@ -5,7 +5,7 @@
     peak of a chip                    5.54 GiB of 16 (compiled; the loss alone 0.68 MiB)
     sent by a chip and step           gradients 575 MiB, loss ring 128 MiB (compiled)
     FLOPs of the model and step       1.45 PFLOP (analytic)
-    step, bound by compute            82.9 to 124 ms, 264k to 395k pairs/s, MFU 23 to 35% (by hand)
+    step, bound by compute            82.9 to 124 ms, 264k to 395k pairs/s, MFU 23 to 35% (analytic)
 """
 
 from vlm.config import (

@@ -6,7 +6,7 @@ It reads COCO's own files: /data/coco/dataset_coco.json, train2014/ and val2014/
 
     peak of a chip                    13 GiB of 74.5 (analytic)
     FLOPs of the model and step       0.019 PFLOP (analytic)
-    step, bound by compute            107 to 160 ms, 3.2k to 4.8k pairs/s, MFU 12 to 18% (by hand)
+    step, bound by compute            107 to 160 ms, 3.2k to 4.8k pairs/s, MFU 12 to 18% (expected)
 """
 
 from vlm.config import (

@@ -7,7 +7,7 @@ The vision tower comes from `init_from`; it gets no gradient and no optimizer st
     peak of a chip                    4.69 GiB of 16 (compiled; the loss alone 0.31 MiB)
     sent by a chip and step           gradients 414 MiB, loss ring 72 MiB (compiled)
     FLOPs of the model and step       1.12 PFLOP (analytic)
-    step, bound by compute            206 to 309 ms, 53k to 79k pairs/s, MFU 29 to 43% (by hand)
+    step, bound by compute            204 to 306 ms, 54k to 80k pairs/s, MFU 29 to 44% (analytic)
 """
 
 from vlm.config import (

@@ -14,7 +14,6 @@ from vlm.config import MeshConfig
 from vlm.nn import tpu_attention
 from vlm.nn.attention import (
     Attention,
-    _at_even_length,
     _sharded_kernel,
     attend,
 )
@@ -196,19 +195,6 @@ def test_on_this_machine_the_form_of_a_cpu_runs_whatever_else_was_traced():
     np.testing.assert_allclose(
         np.asarray(jax.jit(attend)(*placed), np.float32), np.asarray(whole, np.float32), atol=1e-2
     )
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_an_odd_length_padded_for_cudnn(causal):
-    *x, _ = arrays(2, 7, 2, 8, dtype=jnp.float32)
-    dense = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
-
-    def padded(query, key, value, mask):
-        return _at_even_length(dense, query, key, value, implementation="xla")
-
-    plain = with_gradients(functools.partial(attend_in_parts, causal=causal), *x, None)
-    for a, b in zip(with_gradients(padded, *x, None), plain, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_keys_bias_has_no_gradient_but_where_keys_turn():

@@ -86,8 +86,8 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
     "Experiment": _all(
         FREE,
         "name preprocess data optimizer mesh evals micro_batch_size steps epochs "
-        "examples seconds dtype remat scan resolution_schedule text_masking log_every eval_every "
-        "checkpoint_every checkpoint_minutes keep_checkpoints keep_hours profile losses "
+        "examples seconds dtype matmul_dtype remat scan resolution_schedule text_masking log_every "
+        "eval_every checkpoint_every checkpoint_minutes keep_checkpoints keep_hours profile losses "
         "loss_intermediates callbacks code selection phases text_lengths",
     )
     | _all(START, "init_towers init_image_size init_context_length")

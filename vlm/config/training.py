@@ -78,6 +78,9 @@ class Experiment(Config):
             start. Give one of steps, epochs, examples and seconds.
         dtype: Computation type of the towers. Parameters are float32. auto: bfloat16, but float32
             on a CPU.
+        matmul_dtype: Type that the linear layers of the towers' blocks round their inputs to, in
+            training. float8: e4m3, and e5m2 for gradients, with a scale for each tensor; for NVIDIA
+            GPUs from Ada and Hopper on. None: dtype.
         remat: Activations that a block saves for the backward pass. none: all; dots: inputs and
             outputs of attention, and the MLP's hidden layer; dots_no_batch: the same without the
             output of attention; full: only the block's input. One of your own is a policy of
@@ -164,6 +167,7 @@ class Experiment(Config):
     examples: int | None = None
     seconds: float | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    matmul_dtype: Literal["float8"] | None = None
     remat: RematPolicy | ImportPath = "dots_no_batch"
     scan: bool = True
     lock: Literal["none", "vision", "text"] = "none"

@@ -236,9 +236,8 @@ class ViTTower(nnx.Module):
             x + position.astype(x.dtype), images.mask, self.config.patch_dropout, patch_keys
         )
         x = capture(intermediates, "stem", x)
-        return self.transformer(
-            x, mask[:, None, None, :], keys=block_keys, intermediates=intermediates
-        ), mask
+        lengths = mask.sum(1)  # padding is at the end
+        return self.transformer(x, lengths, keys=block_keys, intermediates=intermediates), mask
 
 
 def _head(c: ViTConfig, execution: Execution, rngs: nnx.Rngs) -> Transformer:

@@ -1,7 +1,7 @@
 """Multi-head attention, with the fastest implementation for each platform."""
 
 import functools
-import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from vlm.nn import tpu_attention
+from vlm.nn import cuda_attention, tpu_attention
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.cpu_attention import Mask, attend_in_parts
 from vlm.nn.intermediates import Intermediates
@@ -22,61 +22,66 @@ from vlm.nn.positions import Rotation, rotate
 from vlm.nn.remat import ATTENDED, PROJECTED
 from vlm.sharding import batch_ways, free_batch_axes, mesh_of
 
+Lengths = Int[Array, " b"]  # how many of the first keys of each example are real
+
 
 def attend(
     query: Float[Array, "#b q h d"],
     key: Float[Array, "b k h d"],
     value: Float[Array, "b k h d"],
-    mask: Mask | None = None,
+    mask: Mask | Lengths | None = None,
     *,
     causal: bool = False,
 ) -> Float[Array, "b q h d"]:
     """softmax(query key^T / sqrt(d)) value (Vaswani et al., 2017, arXiv:1706.03762).
 
-    `mask` is true where a query may attend, or is added to the logits. The softmax is float32. The
-    implementation is chosen at lowering, so that planning for a TPU on a CPU host uses the TPU's.
-    TPUs and NVIDIA GPUs use a fused kernel for arrays that it supports.
+    `mask` is true where a query may attend, or is added to the logits, or is how many of each
+    example's first keys are real. The softmax is float32. The implementation is chosen at lowering,
+    so that planning for a TPU on a CPU host uses the TPU's. TPUs and NVIDIA GPUs use a fused kernel
+    for arrays that it supports.
     """
-    if mask is not None and mask.dtype != bool:  # for which there is no fused kernel
+    if mask is not None and jnp.issubdtype(
+        mask.dtype, jnp.floating
+    ):  # for which there is no fused kernel
         return attend_in_parts(query, key, value, mask, causal=causal)
     dense = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
     implementations = {
         "cpu": functools.partial(attend_in_parts, causal=causal),
         "default": lambda query, key, value, mask: dense(query, key, value, mask=mask),
     }
-    mesh = mesh_of(query)
+    given, mask, mesh = mask, _by_key(mask, key), mesh_of(query)
+    if cuda_attention.compute_capability() >= cuda_attention.OLDEST and cuda_attention.fits(
+        query, key, given, causal=causal
+    ):
+        kernel = functools.partial(cuda_attention.attend, causal=causal)
+        kernel = _on_each_device(kernel, mesh, query.shape, mask is not None)
+        implementations["cuda"] = lambda query, key, value, _: kernel(query, key, value, given)
     if mesh is not None and tpu_attention.fits(query, key, mask) and tpu_attention.runs_on(mesh):
         implementations["tpu"] = _sharded_kernel(mesh, query.shape, mask is not None, causal)
-    if mask is None and query.shape == key.shape and _cudnn_takes(query):
-        implementations["cuda"] = lambda query, key, value, mask: _at_even_length(
-            dense, query, key, value
-        )
     return lax.platform_dependent(query, key, value, mask, **implementations)
 
 
+def _by_key(mask: Mask | Lengths | None, key: Array) -> Mask | None:
+    """Return lengths as a mask over keys; other masks as they are."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return (jnp.arange(key.shape[1]) < mask[:, None])[:, None, None]
+
+
 def _sharded_kernel(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, causal: bool):
-    """Run the TPU kernel on each device's examples and heads, since XLA cannot partition it.
+    """Run the TPU kernel on each device's examples and heads.
 
     The kernel takes the arrays as the projections write them. With a separate axis of heads on the
     mesh, XLA would choose a layout for it and copy.
     """
     b, n, heads, d = shape
-    examples = free_batch_axes(mesh) if b % batch_ways(mesh) == 0 else None
-    ways = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
-    rows = P(examples, None, "tensor" if ways > 1 else None)
-    kernel = jax.shard_map(
-        functools.partial(
-            tpu_attention.attend,
-            heads=heads // ways,
-            causal=causal,
-            vmem=tpu_attention.vmem_on(mesh),
-        ),
-        mesh=mesh,
-        axis_names={*free_batch_axes(mesh), "tensor"},
-        in_specs=(rows, rows, rows, P(examples) if masked else P()),
-        out_specs=rows,
-        check_vma=False,
+    kernel = functools.partial(
+        tpu_attention.attend,
+        heads=heads // _head_ways(mesh, heads),
+        causal=causal,
+        vmem=tpu_attention.vmem_on(mesh),
     )
+    kernel = _on_each_device(kernel, mesh, shape, masked)
 
     def attend_flat(query, key, value, mask):
         query, key, value = (x.reshape(b, n, heads * d) for x in (query, key, value))
@@ -85,31 +90,38 @@ def _sharded_kernel(mesh: AbstractMesh, shape: tuple[int, ...], masked: bool, ca
     return attend_flat
 
 
-def _at_even_length(attention, query, key, value, implementation="cudnn"):
-    """Self-attention by cuDNN, padded to the even length that its backward pass needs."""
-    b, n = query.shape[:2]
-    if n % 2 == 0:
-        return attention(query, key, value, implementation=implementation)
-    query, key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
-    real = {"query_seq_lengths": jnp.full(b, n), "key_value_seq_lengths": jnp.full(b, n)}
-    return attention(query, key, value, **real, implementation=implementation)[:, :n]
+def _on_each_device(
+    kernel: Callable, mesh: AbstractMesh | None, shape: tuple[int, ...], masked: bool
+) -> Callable:
+    """Map a kernel over the devices of a mesh, by examples and heads (the third axis).
+
+    XLA cannot partition the TPU kernel, nor cuDNN's attention where `jax.shard_map` maps `data`.
+    """
+    if mesh is None:
+        return kernel
+    b, _, heads, _ = shape
+    examples = free_batch_axes(mesh) if b % batch_ways(mesh) == 0 else None
+    rows = P(examples, None, "tensor" if _head_ways(mesh, heads) > 1 else None)
+    return jax.shard_map(
+        kernel,
+        mesh=mesh,
+        axis_names={*free_batch_axes(mesh), "tensor"},
+        in_specs=(rows, rows, rows, P(examples) if masked else P()),
+        out_specs=rows,
+        check_vma=False,
+    )
 
 
-def _cudnn_takes(query: Array) -> bool:
-    """Whether cuDNN attention runs here (Ampere or later) and supports these arrays."""
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[1] < 2:
-        return False
-    if query.shape[-1] % 8 or query.shape[-1] > 128 or jax.default_backend() != "gpu":
-        return False
-    generation = getattr(jax.devices()[0], "compute_capability", "0")  # not a number for AMD
-    return re.fullmatch(r"\d+\.\d+", generation) is not None and float(generation) >= 8
+def _head_ways(mesh: AbstractMesh, heads: int) -> int:
+    """Number of parts that the heads are sharded into."""
+    return mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
 
 
 def attend_captured(
     query: Float[Array, "b q h d"],
     key: Float[Array, "b k h d"],
     value: Float[Array, "b k h d"],
-    mask: Mask | None = None,
+    mask: Mask | Lengths | None = None,
     *,
     causal: bool = False,
     softcap: float | None = None,
@@ -122,7 +134,7 @@ def attend_captured(
     if intermediates is None and softcap is None:
         return attend(query, key, value, mask, causal=causal)
     options: dict = {"causal": causal, "softcap": softcap, "intermediates": intermediates}
-    return attend_in_parts(query, key, value, mask, **options)
+    return attend_in_parts(query, key, value, _by_key(mask, key), **options)
 
 
 class Attention(nnx.Module):
@@ -172,7 +184,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "#b q d"],
         context: Float[Array, "b k c"] | None = None,
-        mask: Mask | None = None,
+        mask: Mask | Lengths | None = None,
         *,
         causal: bool = False,
         rotation: Rotation | None = None,

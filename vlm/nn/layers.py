@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import Activation, Code, ImportPath, MlpKind, NormKind
 from vlm.errors import check_choice
+from vlm.nn import float8
 from vlm.nn.remat import MLP_HIDDEN
 
 
@@ -69,14 +70,15 @@ def linear(
     """Apply a linear layer with its kernel flattened to a matrix.
 
     A `fixed_bias` gets no gradient. The kernel may be quantized, and the layer may have a
-    LoRA adapter (`vlm.nn.lora`).
+    LoRA adapter (`vlm.nn.lora`). A layer with a true `float8` has `vlm.nn.float8.product`.
 
     Attention heads are not a separate axis: a head of 64 dimensions would fill only half of a TPU's
     registers and tiles.
     """
     x = x.astype(layer.dtype)
     kernel = layer.kernel[...].reshape(x.shape[-1], -1)
-    y = _product(x, kernel.astype(layer.dtype))
+    product = float8.product if getattr(layer, "float8", False) else _product
+    y = product(x, kernel.astype(layer.dtype))
     outputs = getattr(layer, "kernel_scale", None)
     if outputs is not None:
         y = y * outputs[...].astype(layer.dtype)

@@ -24,4 +24,4 @@ class Patches(NamedTuple):
     pixels: Float[Array, "b n pp 3"] | UInt8[Array, "b n pp 3"]  # pp = patch_size ** 2, row-major
     rows: Float[Array, "b n g"]  # each patch's weights over the rows of the g x g position grid
     columns: Float[Array, "b n g"]
-    mask: Bool[Array, "b n"]  # true for real patches, false for padding
+    mask: Bool[Array, "b n"]  # true for real patches, then false for padding

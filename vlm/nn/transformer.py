@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from vlm.config import Activation, Code, ImportPath, MlpKind, NormKind, RematPolicy
 from vlm.errors import check_choice
-from vlm.nn.attention import Attention
+from vlm.nn.attention import Attention, Lengths
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.cpu_attention import Mask
 from vlm.nn.intermediates import Intermediates, capture, changes_below
@@ -103,7 +103,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        mask: Mask | None,
+        mask: Mask | Lengths | None,
         keys: Key[Array, " b"] | None,
         rotation: Rotation | None = None,
         intermediates: Intermediates | None = None,
@@ -161,7 +161,7 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        mask: Mask | None = None,
+        mask: Mask | Lengths | None = None,
         *,
         keys: Key[Array, " b"] | None = None,
         rotation: Rotation | None = None,
@@ -169,7 +169,9 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Run the blocks; `keys`, one per example, turn dropout on.
 
-        `intermediates` capture "blocks/attention" and "blocks/output" with a leading layer axis.
+        `mask` is true where a query may attend, or how many of the first
+        tokens of each example are real. `intermediates` capture "blocks/attention" and
+        "blocks/output" with a leading layer axis.
         """
         block, parameters = nnx.split(self.blocks)
         parameters = nnx.to_pure_dict(parameters)

@@ -13,6 +13,7 @@ from vlm.config import Experiment, TextConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
+from vlm.nn.cuda_attention import WIDEST
 from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, saved_names
 from vlm.nn.tpu_attention import LANES, LONGEST
 from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, SELECTION, TENSOR
@@ -178,9 +179,11 @@ def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, conf
     """Whether a tower's attention is fused: see `vlm.nn.attention.attend`."""
     if chip is None or experiment.dtype == "float32":
         return False
+    head_dim = config.width // config.heads
     if chip.platform == "tpu":
-        return tokens <= LONGEST or config.width // config.heads <= LANES
-    return getattr(config, "pad_id", None) is None and config.width // config.heads % 8 == 0
+        return tokens <= LONGEST or head_dim <= LANES
+    masked = isinstance(config, TextConfig) and config.pad_id is not None and config.causal
+    return not masked and head_dim % 8 == 0 and head_dim <= WIDEST
 
 
 def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | TextConfig]]:

@@ -9,6 +9,7 @@ from rich.text import Text
 from vlm.config import Experiment
 from vlm.config.batch_sizes import BatchSize, batch_sizes
 from vlm.display import listed
+from vlm.models.float8 import check_float8
 from vlm.sharding import placement_rows
 from vlm.training.console import as_text, log
 from vlm.training.phases import RunPhases
@@ -26,6 +27,7 @@ def report_start(run: Run, phases: RunPhases, state: TrainState) -> None:
         "data": f"{e.data.source or 'a mixture'}, {batches.description}",
         "model": _model(e, state),
         "devices": _devices(trainer),
+        **({"precision": check_float8()} if e.matmul_dtype else {}),
         "length": _length(e, step, total),
         **({"phase": f"{phases.number} of {phases.count}"} if phases.count else {}),
         **({"later phases": changes} if changes else {}),

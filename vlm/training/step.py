@@ -23,6 +23,7 @@ from vlm.inputs.preprocess import Preprocess
 from vlm.losses.cached import cached_embed, join_batch, split_batch
 from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
+from vlm.models.float8 import in_float8
 from vlm.models.flops import Supervision
 from vlm.models.modules import constants
 from vlm.nn.layers import split_keys
@@ -114,6 +115,9 @@ class Trainer:
         self.optimizer = make_optimizer(experiment.optimizer)
         model = nnx.eval_shape(self._build)
         self.graph, self.constants = nnx.graphdef(model), constants(model)
+        # Of training; the model is evaluated and exported without float8.
+        rounded = experiment.matmul_dtype == "float8"
+        self.step_graph = nnx.graphdef(in_float8(model)) if rounded else self.graph
         self.abstract_state = jax.eval_shape(self._init, jnp.int32(1))
         self._check_patterns()
         self.state_shardings = shardings(self.abstract_state, mesh, experiment.model.partition)
@@ -246,16 +250,17 @@ class Trainer:
         if size != e.model.vision.image_size:
             images = shrink(images, size)
             params["vision"] = with_grid(params["vision"], size // e.model.vision.patch_size)
+        model = self._model(params, self.graph if keys is None else self.step_graph)
         if e.objective == "classification":
             image_keys, _ = split_keys(keys)
-            return Embeddings(self._model(params).encode_image(images, keys=image_keys))
+            return Embeddings(model.encode_image(images, keys=image_keys))
         tokens, names = batch["tokens"], e.loss_intermediates
         if keys is None:
             names = ()
         elif e.text_masking:
             mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _MASKING)
             tokens = mask_tokens(tokens, e.text_masking, mask_keys, self.rules)
-        return embeddings(self._model(params), images, tokens, keys, names, ways)
+        return embeddings(model, images, tokens, keys, names, ways)
 
     def _select(
         self, state: TrainState, batch: dict, key: Key[Array, ""], size: int
@@ -311,8 +316,8 @@ class Trainer:
         model = DualEncoder(e.model, execution=execution, rngs=nnx.Rngs(e.seed))
         return model if e.adapter is None else adapters.prepared(model, e.adapter, e.seed)
 
-    def _model(self, params: Params) -> DualEncoder:
-        return nnx.merge(self.graph, {k: v for k, v in params.items() if k not in HEADS})
+    def _model(self, params: Params, graph: nnx.GraphDef) -> DualEncoder:
+        return nnx.merge(graph, {k: v for k, v in params.items() if k not in HEADS})
 
     def _init(self, total_steps: Int[Array, ""]) -> TrainState:
         params = nnx.to_pure_dict(nnx.state(self._build()))
@@ -400,7 +405,7 @@ class Trainer:
 
     def model(self, state: TrainState) -> DualEncoder:
         """Return the model with EMA parameters if EMA is on, else with the raw parameters."""
-        return self._model(joined(_eval_params(state), state.frozen))
+        return self._model(joined(_eval_params(state), state.frozen), self.graph)
 
     def _head(self, state: TrainState) -> Float[Array, "m d"]:
         return _eval_params(state)["head"]["kernel"]
