@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 import vlm
-from vlm.callbacks import Callback, Live, MLflow, RunInfo, TensorBoard, WandB
+from vlm.callbacks import Callback, Divergence, Live, MLflow, RunInfo, TensorBoard, WandB
 from vlm.callbacks.trackers import SentRows
 from vlm.callbacks.wandb_files import records, values
 from vlm.config import Code
@@ -139,6 +139,16 @@ def test_rows_of_another_learning_rate_are_sent_after_the_checkpoint(tmp_path):
     assert Sent(run_info(tmp_path, step=4, log_every=3, **rate), 9) == [9]
 
 
+def test_steps_that_a_rollback_repeats_are_sent_again(tmp_path):
+    Sent(run_info(tmp_path), 7).rows.roll_back(3)  # and the process is killed
+    assert Sent(run_info(tmp_path, step=3), 5) == [4, 5]
+    again = Sent(run_info(tmp_path, step=4), 8)
+    assert again == [6, 7, 8]
+    again.rows.roll_back(4)
+    assert {"step": 5, "loss": 0.5} not in again.rows
+    assert {"step": 4, "loss": 0.5} in again.rows
+
+
 def test_rows_are_written_to_the_local_folder(tmp_path):
     remote, local, other = tmp_path / "remote", tmp_path / "local", tmp_path / "other"
     Sent(run_info(remote, local=local), 7)
@@ -260,6 +270,17 @@ def test_tensorboard_has_each_step_once_after_a_kill(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_tensorboard_hides_the_points_that_a_rollback_undoes(tmp_path):
+    callback, run = TensorBoard(tmp_path / "boards"), run_info(tmp_path / "run")
+    train(callback, run, stop=7)
+    callback.on_divergence(Divergence(7, "the training diverges", "warn"))
+    callback.on_divergence(Divergence(7, "the training diverges", "roll_back", 5))
+    callback.on_step(6, {"loss": 2.0})
+    callback.on_end(run, {}, finished=True)
+    found = points(tmp_path / "boards" / "run")["loss"]
+    assert found == [*((s, pytest.approx(1 / s)) for s in range(1, 6)), (6, 2.0)]
+
+
 def test_tensorboard_without_a_folder_adds_to_the_runs_own_curves(tmp_path):
     train(TensorBoard(), run_info(tmp_path))
     assert set(points(tmp_path / "tensorboard")) == {"config/text_summary", "final/top1"}
@@ -289,6 +310,8 @@ def test_the_live_display_shows_the_last_metrics(tmp_path):
         assert name in text, name
     assert "top5" not in text
     assert html.count("<svg") == 2
+    live.on_divergence(Divergence(1000, "the training diverges", "roll_back", 500))
+    assert "step 500 of 2,000" in live.html()
     live.on_end(run, {"cars/top1": 0.625, "seconds": 3.0}, finished=True)
     assert "finished" in live.html()
     assert "0.625" in live.html()

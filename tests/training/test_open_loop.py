@@ -12,7 +12,7 @@ import pytest
 
 import vlm
 from vlm.errors import CheckpointError, ConfigError, TrainingError
-from vlm.training.logs import read_log
+from vlm.training.history import read_rows
 from vlm.training.run import Run
 
 pytestmark = pytest.mark.untyped  # fields that take objects hold their import paths
@@ -180,7 +180,7 @@ def test_a_callback_that_raises_stops_the_run_with_a_checkpoint(tiny, tmp_path, 
     after = Recorder()
     assert vlm.train(resume=run, callbacks=[after]).finished
     assert after.calls[0] == ("on_start", newest, 6, True)
-    assert [row["step"] for row in read_log(Run.open(run)) if "loss" in row][-1] == 6
+    assert [row["step"] for row in read_rows(Run.open(run).log) if "loss" in row][-1] == 6
 
 
 def test_a_callback_that_fails_at_the_start_or_is_none(tiny, tmp_path):

@@ -4,6 +4,7 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     from vlm.callbacks.base import Callback as Callback
+    from vlm.callbacks.base import Divergence as Divergence
     from vlm.callbacks.base import RunInfo as RunInfo
     from vlm.callbacks.live import Live as Live
     from vlm.callbacks.tensorboard import TensorBoard as TensorBoard

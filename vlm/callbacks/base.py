@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
@@ -38,6 +38,29 @@ class RunInfo:
     resumed: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """A divergence of the training, as callbacks see it.
+
+    Args:
+        step: Steps done when it was found.
+        message: A sentence with the steps, the value and the usual value.
+        action: warn: the run goes on; roll_back: it returns to `to_step`; stop: it ends with an
+            error.
+        to_step: Step of the checkpoint that the run returns to.
+
+    Example:
+        >>> alert = vlm.callbacks.Divergence(90, "the training diverges at step 88: ...", "warn")
+        >>> alert.to_step is None
+        True
+    """
+
+    step: int
+    message: str
+    action: Literal["warn", "roll_back", "stop"]
+    to_step: int | None = None
+
+
 class Callback:
     """Base class of callbacks: override any of its methods; each does nothing by default.
 
@@ -63,6 +86,9 @@ class Callback:
 
     def on_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note a complete checkpoint; `metrics` are its seconds and bytes."""
+
+    def on_divergence(self, divergence: Divergence) -> None:
+        """Take an alert: the training diverges. After a rollback, steps are counted from before."""
 
     def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
         """End, also of an interrupted run; `results` are the final metrics of a finished one."""

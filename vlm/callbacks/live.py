@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm._html import render
-from vlm.callbacks.base import Callback, RunInfo
+from vlm.callbacks.base import Callback, Divergence, RunInfo
 from vlm.display import clock, in_notebook
 from vlm.evaluation.charts import Line, curve, line_chart, short
 
@@ -50,6 +50,12 @@ class Live(Callback):
     def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run["evals"].append((step, _chosen(metrics)))
         self._update()
+
+    def on_divergence(self, divergence: Divergence) -> None:
+        if divergence.to_step is not None:
+            for name in ("losses", "evals"):
+                kept = [point for point in self._run[name] if point[0] <= divergence.to_step]
+                self._run[name] = kept
 
     def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
         if self._run:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from vlm.callbacks.base import Callback, RunInfo
+from vlm.callbacks.base import Callback, Divergence, RunInfo
 from vlm.paths import as_path
 
 
@@ -78,7 +78,8 @@ class TensorBoard(Callback):
     def on_start(self, run: RunInfo) -> None:
         own = run.local / "tensorboard"
         folder = own if self.folder is None else as_path(self.folder) / run.folder.name
-        writer = self._run["writer"] = EventWriter(os.fspath(folder), run.step)
+        self._run["folder"] = os.fspath(folder)
+        writer = self._run["writer"] = EventWriter(self._run["folder"], run.step)
         config = json.dumps(run.config, indent=2, ensure_ascii=False)
         writer.add_text("config", f"```json\n{config}\n```", run.step)
 
@@ -92,6 +93,11 @@ class TensorBoard(Callback):
         for name, value in metrics.items():
             self._run["writer"].add_scalar(name, value, step)
         self._run["writer"].flush()  # a run that is killed loses no row before its checkpoint
+
+    def on_divergence(self, divergence: Divergence) -> None:
+        if self.folder is not None and divergence.to_step is not None:
+            self._run["writer"].close()
+            self._run["writer"] = EventWriter(self._run["folder"], divergence.to_step)
 
     def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
         if "writer" in self._run:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from etils import epath
 
 from vlm._version import __version__
-from vlm.callbacks.base import Callback, RunInfo
+from vlm.callbacks.base import Callback, Divergence, RunInfo
 from vlm.callbacks.wandb_files import offline_rows
 from vlm.errors import ConfigError
 from vlm.evaluation.results_folder import write_atomically
@@ -53,6 +53,10 @@ class SentRows:
                 continue
             if "id" in entry:
                 self.id, version = entry["id"], entry["version"]
+            elif "rolled_back_to" in entry:
+                for row in self.rows:
+                    if row["step"] > entry["rolled_back_to"]:
+                        row["undone"] = True
             else:
                 self.rows.append(entry)
         self._repeats = version == self._version
@@ -66,7 +70,9 @@ class SentRows:
         """
         kept = [row for row in self.rows if stored is None or key_of(row) in stored]
         lost = [row for row in self.rows if row not in kept and row["step"] <= self._first]
-        self._sent = {key_of(row) for row in kept if self._repeats or row["step"] <= self._first}
+        lost = [row for row in lost if "undone" not in row]
+        valid = [row for row in kept if "undone" not in row]
+        self._sent = {key_of(row) for row in valid if self._repeats or row["step"] <= self._first}
         self.id = id
         self._file.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"id": id, "version": self._version}, *kept]
@@ -76,6 +82,11 @@ class SentRows:
     def __contains__(self, row: Mapping[str, float]) -> bool:
         """Whether an earlier process sent this kind of row of this step."""
         return key_of(row) in self._sent
+
+    def roll_back(self, step: int) -> None:
+        """Record that the steps after `step` are trained again, with other metrics."""
+        self._sent = {key for key in self._sent if key[1] <= step}
+        self.add({"rolled_back_to": step})
 
     def add(self, row: Mapping[str, float]) -> None:
         """Record a row that was sent."""
@@ -110,6 +121,14 @@ class _Tracker(Callback):
         self._send_once({"step": step, **metrics})
 
     on_eval = on_checkpoint = on_step
+
+    def on_divergence(self, divergence: Divergence) -> None:
+        if divergence.to_step is not None:
+            self._run["sent"].roll_back(divergence.to_step)
+        self._alert(divergence)
+
+    def _alert(self, divergence: Divergence) -> None:
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,6 +186,10 @@ class WandB(_Tracker):
         client, count = self._run["client"], self._run["count"]
         behind = client.step < count
         client.log(dict(row), **({"step": count, "commit": True} if behind else {}))
+
+    def _alert(self, divergence: Divergence) -> None:
+        title = f"Divergence: {divergence.action.replace('_', ' ')}"
+        self._run["client"].alert(title, divergence.message)
 
     def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
         if client := self._run.pop("client", None):
@@ -240,6 +263,10 @@ class MLflow(_Tracker):
             if name != "step"
         ]
         self._run["client"].log_batch(self._run["sent"].id, metrics=rows)
+
+    def _alert(self, divergence: Divergence) -> None:
+        name = f"divergence.{divergence.step}"
+        self._run["client"].set_tag(self._run["sent"].id, name, divergence.message)
 
     def on_end(self, run: RunInfo, results: Mapping[str, float], finished: bool) -> None:
         if "client" in self._run:

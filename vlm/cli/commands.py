@@ -35,6 +35,7 @@ TRAIN = {
     "train": Command("train a model from a config, or resume a run", "train", "main", True),
     "adapt": Command("fine-tune on labelled images within a time budget", "adapt", "adapt"),
     "blend": Command("average the weights of models", "blend", "blend"),
+    "runs": Command("show training runs, with a page that compares them", "show_runs", "runs"),
     "plan": Command("estimate memory, step time and cost on a TPU/GPU slice", "plan", "plan"),
 }
 DATA = {

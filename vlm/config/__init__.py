@@ -19,6 +19,7 @@ from vlm.config.data import AugmentConfig as AugmentConfig
 from vlm.config.data import DataConfig as DataConfig
 from vlm.config.data import FieldFilter as FieldFilter
 from vlm.config.data import MixturePart as MixturePart
+from vlm.config.divergence import DivergenceConfig as DivergenceConfig
 from vlm.config.efficientnet import EfficientNetConfig as EfficientNetConfig
 from vlm.config.efficientnet import EfficientNetStage as EfficientNetStage
 from vlm.config.encoders import EncoderTextConfig as EncoderTextConfig

@@ -67,7 +67,7 @@ _FLOATS = _by_field(
     {
         Bounds(0, 1): (
             "mean", "jitter", "grey", "blur", "solarise", "morphology", "max_bad_share", "cooldown",
-            "eval_every",
+            "eval_every", "max_skipped",
         ),
         Bounds(0, 1, open_low=True): (
             "norm_eps", "mlp_norm_eps", "EfficientNetConfig.squeeze", "crop", "layer_decay",
@@ -88,7 +88,7 @@ _FLOATS = _by_field(
         Bounds(0, 1e9, open_low=True): (
             "init_scale", "epochs", "temperature", "mixture_temperature", "eps", "clip_norm",
             "max_scale", "seconds", "checkpoint_minutes", "keep_hours", "rotary_base",
-            "rotary_bases", "softcap",
+            "rotary_bases", "softcap", "threshold",
         ),
         Bounds(-1e300, 1e300): ("at_least", "at_most", "options"),
     }

@@ -26,7 +26,7 @@ _HANDLED = (Effect.RESOLUTION, Effect.TRAINED)
 _OF_RUN = {
     "name", "mesh", "evals", "steps", "epochs", "examples", "seconds", "seed", "log_every",
     "eval_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_hours",
-    "profile", "run_dir", "callbacks", "code", "phases", "sequence_lengths",
+    "profile", "run_dir", "callbacks", "code", "phases", "sequence_lengths", "divergence",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from vlm.config.base import Config
 from vlm.config.batch_sizes import check_sequence_lengths, check_text_lengths
 from vlm.config.code import Code, ImportPath
 from vlm.config.data import DataConfig
+from vlm.config.divergence import DivergenceConfig
 from vlm.config.evaluation import EvalConfig
 from vlm.config.fine_tuning import AdapterConfig, DistillConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
@@ -135,6 +136,7 @@ class Experiment(Config):
         text_lengths: Lengths in tokens that short texts of a batch are padded to, in place of the
             whole context. The text tower must ignore padding. Embeddings are the same. Empty: all
             texts have the whole context.
+        divergence: Detection of a diverging run, and rollbacks to the last good checkpoint.
 
     Example:
         >>> import dataclasses
@@ -201,6 +203,7 @@ class Experiment(Config):
     phases: tuple[Phase, ...] = ()
     sequence_lengths: tuple[int, ...] = ()
     text_lengths: tuple[int, ...] = ()
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
 
     @property
     def super_batch_size(self) -> int:
@@ -228,6 +231,12 @@ class Experiment(Config):
         self._check_objective()
         self._check_selection()
         self._check_own_parts()
+        if self.divergence.action == "roll_back" and self.keep_checkpoints < 2:
+            raise ConfigError(
+                'divergence.action "roll_back" needs a checkpoint from before a spike, and '
+                f"keep_checkpoints {self.keep_checkpoints} may leave only one from inside it: keep "
+                "2 or more"
+            )
         if self.model is not None or self.init_from is None:
             self._check_model(self.model or ModelConfig())
         if self.phases:

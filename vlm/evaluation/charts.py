@@ -115,6 +115,10 @@ def line_chart(
     for y, line, value in sorted(names, key=lambda entry: entry[0]):  # apart from each other
         floor = max(y, floor + 2 * LABEL_GAP)
         labels.append((round(floor + 1, 1), line, value))
+    ceiling = HEIGHT - LABEL_GAP - 4  # of the last name, whose value is below it
+    for i, (y, line, value) in reversed(list(enumerate(labels))):
+        labels[i] = (min(y, ceiling), line, value)
+        ceiling = labels[i][0] - 2 * LABEL_GAP
     return render(
         "evaluation/line_chart.svg",
         title=title,

@@ -94,6 +94,16 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return max(self._manager.all_steps(), default=None)
 
+    def steps(self) -> list[int]:
+        """Return the steps of all complete checkpoints; all processes must call it."""
+        return json.loads(broadcast_text(json.dumps(sorted(self._manager.all_steps()))))
+
+    def delete(self, steps: list[int]) -> None:
+        """Delete the checkpoints of these steps, where they exist; all processes must call it."""
+        for step in sorted(set(steps) & set(self._manager.all_steps())):
+            self._manager.delete(step)
+        self._corrupt = [step for step in self._corrupt if step not in steps]
+
     @property
     def writing(self) -> bool:
         """Whether a checkpoint is being written: another would have to wait for it."""

@@ -24,7 +24,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.training.console import log
 from vlm.training.custom_evals import CustomEvals
 from vlm.training.eval_tasks import Embedder, Pixels, info, open_task, prompts_of
-from vlm.training.logs import read_log
+from vlm.training.history import read_rows
 from vlm.training.run import Run
 from vlm.training.step import Trainer, TrainState
 
@@ -216,7 +216,7 @@ def _write_report(run: Run, held_out: HeldOut, report: Report, state, embedded, 
     data, captions, target = held_out._data, held_out.captions, held_out.target
     write_report(
         run.folder,
-        history=read_log(run),
+        history=read_rows(run.log),
         results=report,
         images=held_out.images,
         captions=captions,

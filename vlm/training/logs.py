@@ -1,6 +1,5 @@
 """Logs of a run: console line, JSONL file, TensorBoard, and profiles of chosen steps."""
 
-import json
 import time
 from typing import IO, Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vlm._json import to_json
-from vlm.callbacks import in_notebook
+from vlm.callbacks import Divergence, in_notebook
 from vlm.callbacks.tensorboard import EventWriter
 from vlm.chips import published_rate
 from vlm.config import Experiment, in_phase
@@ -21,6 +20,10 @@ from vlm.errors import TrainingError
 from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.console import console, log, output_may_close
+from vlm.training.divergence import DivergenceMonitor
+from vlm.training.goodput_log import GoodputLog
+from vlm.training.history import read_rows
+from vlm.training.memory_use import memory_row
 from vlm.training.run import Run
 from vlm.training.run_callbacks import RunCallbacks
 from vlm.training.selection import ExampleCounts
@@ -45,7 +48,11 @@ class Logs:
         total_steps: int,
         callbacks: RunCallbacks | None = None,
         experiment: Experiment | None = None,
+        monitor: DivergenceMonitor | None = None,
+        goodput: GoodputLog | None = None,
     ):
+        self._goodput = goodput
+        self._run, self._sync, self._monitor = run, sync, monitor
         self._every, self._skipped = run.experiment.log_every, 0  # steps in a row
         self._first, self._total = first_step, total_steps
         self._peak = published_rate(jax.devices())
@@ -60,13 +67,9 @@ class Logs:
         self._board: Any = None
         self._seconds_before = 0.0  # seconds before the run was resumed
         if self._primary:
-            rows = read_log(run)
+            rows = read_rows(run.log)
             self._seconds_before = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-            self._file = _reopen(run, sync, [r for r in rows if r["step"] <= first_step])
-            phases = range(len(run.experiment.phases) + 1)
-            if any(in_phase(run.experiment, number).selection for number in phases):
-                self._counts = ExampleCounts(experiment, rows, first_step)
-            self._board = EventWriter(str(sync.local / "tensorboard"), first_step)
+            self._open(rows, first_step)
         self._progress = Progress(
             TextColumn("[bold]{task.completed}/{task.total}"),
             BarColumn(bar_width=24),
@@ -100,10 +103,12 @@ class Logs:
     ) -> None:
         """Set the experiment of the steps after `step`, and values of their rows in `row`."""
         sizes, self._samples, self._phase = batch_sizes(e), samples, row or {}
+        self._experiment = e
         self._schedule = BatchSchedule(sizes, e.seed)
         if self._counts is not None:
             self._counts.set_phase(e, step)
-        self._stop = e.optimizer.on_nonfinite == "stop"
+        rolls_back = e.divergence.action == "roll_back"
+        self._stop = e.optimizer.on_nonfinite == "stop" and not rolls_back
         self._most_skipped = e.optimizer.max_skipped_in_a_row
         # Of the whole mesh by batch size; empty if steps of the same size differ.
         known = () if e.resolution_schedule or e.text_lengths else sizes
@@ -142,8 +147,54 @@ class Logs:
         while len(self._in_flight) > ahead:
             jax.block_until_ready(self._in_flight[0][1]["loss"])
             self._done.append(self._in_flight.pop(0))
+            self._watch(*self._done[-1])
             if self._done[-1][0] % self._every == 0:
                 self._write_row()
+
+    def _watch(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Look for a divergence at a step, and report one that is not rolled back."""
+        monitor = self._monitor
+        if monitor is None or monitor.config.action == "off":
+            return
+        names = ("loss", "grad_norm", "finite")
+        loss, grad_norm, finite = jax.device_get([metrics[name] for name in names])
+        monitor.add(step, float(loss), float(grad_norm), bool(finite))
+        if monitor.diverged is not None and monitor.config.action == "warn":
+            if not (self._stop and not finite):  # else the next row stops the run
+                self.alert(Divergence(step, monitor.diverged, "warn"))
+            monitor.clear()
+
+    def alert(self, divergence: Divergence) -> None:
+        """Log a divergence, and pass it to the callbacks."""
+        if divergence.action == "warn":
+            log.warning(
+                f"{divergence.message}; the run goes on (--divergence.action roll_back returns to "
+                "the checkpoint before)"
+            )
+        if self._callbacks is not None:
+            self._callbacks.divergence(divergence)
+
+    def roll_back(self, step: int) -> None:
+        """Go back to the rows and curves up to `step`, as a resumed run does."""
+        self._in_flight.clear()
+        self._done.clear()
+        self._skipped = 0
+        self._progress.update(self._task, completed=step)
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            self._open(read_rows(self._sync.local / self._run.log.name), step)
+
+    def _open(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Open the files to go on after `step`, with only the rows up to it."""
+        rows = [row for row in rows if row["step"] <= step]
+        self._file = (self._sync.local / self._run.log.name).open("w")
+        self._file.writelines(to_json(row) + "\n" for row in rows)
+        self._file.flush()
+        phases = range(len(self._run.experiment.phases) + 1)
+        if any(in_phase(self._run.experiment, number).selection for number in phases):
+            self._counts = ExampleCounts(self._experiment, rows, step)
+        self._board = EventWriter(str(self._sync.local / "tensorboard"), step)
 
     def _write_start(self, step: int) -> None:
         """Log the time to the first step, by activity."""
@@ -155,6 +206,8 @@ class Logs:
         log.info(f"first step after {seconds:.1f} s: {breakdown}")
         row = {f"start/{name.replace(' ', '_')}": s for name, s in parts.items()}
         self.write({"step": step, "start/seconds": seconds, **row})
+        if self._goodput is not None:
+            self._goodput.record(step, force=True)
 
     def _write_row(self) -> None:
         steps, metrics = zip(*self._done, strict=True)
@@ -174,8 +227,12 @@ class Logs:
             "data_wait": (self._activity.seconds[DATA] - self._waited) / seconds,
             "seconds": self._seconds_before + time.monotonic() - self._activity.began,
         }
+        if self._goodput is not None:
+            self._goodput.record(steps[-1])
+            row |= self._goodput.row()
         if self._counts is not None:
             row |= self._counts.at(steps[-1])
+        row |= memory_row()
         if self._samples is not None and self._samples.good:
             row["texts_cut"] = self._samples.texts_cut / self._samples.good  # of the run so far
         if self._flops:
@@ -258,23 +315,3 @@ class StepProfiler:
 
 def _is_loss(name: str) -> bool:
     return name == "loss" or name.startswith("loss/")
-
-
-def read_log(run: Run) -> list[dict[str, Any]]:
-    """Read the rows of a run's log, skipping truncated lines."""
-    rows = []
-    if run.log.exists():
-        for line in run.log.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
-
-
-def _reopen(run: Run, sync: BucketSync, rows: list[dict[str, Any]]):
-    """Reopen the log file with only the rows up to the resumed step."""
-    file = (sync.local / run.log.name).open("w")
-    file.writelines(to_json(row) + "\n" for row in rows)
-    file.flush()
-    return file

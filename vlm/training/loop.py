@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from vlm.bundle import Bundle
+from vlm.callbacks import Divergence
 from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment, in_phase, require_bucket
 from vlm.data.sources import require_source, with_own_splits
@@ -24,7 +25,9 @@ from vlm.training.custom_parts import (
     with_parts,
     without_lost_callbacks,
 )
+from vlm.training.divergence import DivergenceMonitor
 from vlm.training.evals import finish
+from vlm.training.goodput_log import GoodputLog
 from vlm.training.init_from import resolve
 from vlm.training.interrupt import Interrupted
 from vlm.training.logs import Logs, StepProfiler
@@ -32,6 +35,7 @@ from vlm.training.opening_report import report_start
 from vlm.training.phases import RunPhases
 from vlm.training.resolution import image_size_at
 from vlm.training.result import TrainingResult
+from vlm.training.rollback import plan_rollback, write_rollback
 from vlm.training.run import Run
 from vlm.training.run_callbacks import RunCallbacks
 from vlm.training.schedule import CheckpointSchedule, Length, is_scheduled, length_in_steps
@@ -198,7 +202,7 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
         phases = progress.phases = RunPhases(run, tokenizer)
         callbacks = RunCallbacks(run)
 
-    with BucketSync(run.folder) as bucket_sync, callbacks:
+    with BucketSync(run.folder) as bucket_sync, callbacks, contextlib.ExitStack() as outer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(phases))
             checkpoints = stack.enter_context(
@@ -214,6 +218,10 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
             interrupted = stack.enter_context(Interrupted())
             with run.starting():
                 callbacks.start(bucket_sync, step, total, interrupted.request)
+            monitor = DivergenceMonitor(experiment.divergence)
+            rolls_back = experiment.divergence.action == "roll_back"
+            goodput = GoodputLog(run.folder, bucket_sync.local, timed, step)
+            outer.enter_context(goodput)
             logs = Logs(
                 run,
                 bucket_sync,
@@ -222,20 +230,28 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                 total_steps=total,
                 callbacks=callbacks,
                 experiment=phases.experiment,
+                monitor=monitor,
+                goodput=goodput,
             )
             stack.enter_context(logs)
             profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
 
+            def size_after(steps: int) -> int:
+                return image_size_at(phases.experiment, steps - 1, total)
+
             def log_phase() -> None:
                 supervision, samples = phases.trainer.supervision, phases.batches.bad
                 logs.set_phase(phases.experiment, step, supervision, samples, phases.log_row())
+                monitor.set_phase(size_after, phases.experiment.optimizer.on_nonfinite == "stop")
 
             def save() -> None:
                 logs.flush()
                 with timed("writing a checkpoint"):
                     bucket_sync.copy()  # a run resumed from here has its log up to here
                     saved = phases.trainer.checkpoint_state(state)
-                    checkpoints.save(step, saved, phases.data_state())
+                    own = {"divergence": monitor.state()} if rolls_back else {}
+                    checkpoints.save(step, saved, phases.data_state() | own)
+                goodput.record(step, force=True)
 
             def evaluate() -> None:
                 logs.flush()
@@ -248,16 +264,49 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                     logs.write({"step": step} | {f"eval/{k}": v for k, v in metrics.items()})
                 logs.restart_clock()
 
-            closed = False
+            def roll_back() -> TrainState:
+                goodput.record(step, force=True)
+                with timed("rolling back"):
+                    checkpoints.wait()
+                    logs.write(*checkpoints.finished())
+                    position = phases.batches.get_state()
+                    saved = checkpoints.steps()
+                    try:
+                        plan = plan_rollback(monitor, saved, step, total, phases.number, position)
+                    except TrainingError as error:
+                        logs.alert(Divergence(step, str(error), "stop"))
+                        raise
+                    log.warning(plan.description())
+                    logs.alert(Divergence(step, plan.reason, "roll_back", plan.step))
+                    write_rollback(run, plan)
+                    for array in jax.tree.leaves(state):  # make room for that of the checkpoint
+                        array.delete()
+                    return phases.start(checkpoints, length, total)
+
+            closed = unsaved = False
             log_phase()
+            monitor.restore(phases.divergence)
             if phases.evaluations and step == 0 and experiment.init_from is not None:
                 evaluate()  # baseline before training
-            while step < total and not interrupted.at(step):
+            # Steps of the sync point of all processes may only rise.
+            while (step < total or monitor.diverged) and not interrupted.at(step + monitor.skipped):
+                if monitor.diverged:
+                    timed.step = step
+                    state = roll_back()
+                    timed.step = step = int(state.step)
+                    unsaved = False
+                    logs.roll_back(step)
+                    goodput.record(step, force=True)
+                    log_phase()
+                    monitor.restore(phases.divergence)
+                    checkpoint_schedule = CheckpointSchedule(experiment, step, total)
+                    continue
                 while phases.begins_next(step):
                     logs.flush()
                     with timed("changing the phase"):
                         state = phases.begin_next(state)
                     log_phase()
+                    monitor.clear()
                 profiler.before(step, state)
                 with timed(DATA):
                     batch = phases.trainer.place(next(phases.batches))
@@ -270,11 +319,17 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
 
                 ends = step == phases.end
                 evaluates = is_scheduled(step, total, experiment.eval_every)
+                unsaved |= checkpoint_schedule.is_scheduled(step, checkpoints.writing)
+                unsaved |= rolls_back and step == experiment.divergence.first_checkpoint
+                if unsaved or ends or evaluates or step == total:
+                    with timed(DEVICE):
+                        logs.flush()
                 if phases.evaluations and (evaluates or (ends and experiment.eval_every)):
                     evaluate()
                 logs.write(*checkpoints.finished())
-                if checkpoint_schedule.is_scheduled(step, checkpoints.writing) or ends:
+                if ends or (unsaved and not (rolls_back and monitor.first)):
                     save()
+                    unsaved = False
                 timed.step = step
                 if not closed:
                     try:
@@ -308,6 +363,10 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                 phases.supervision.save_head(run, phases.trainer, state)
             with timed("evaluating"):
                 results = _evaluate_at_the_end(run, phases, state, bundle) | own
+        goodput.record(step, force=True)
+        log.info(str(goodput.tally))
+        if step == total:
+            goodput.finish()
         callbacks.end(results, finished=step == total)
         progress.result = TrainingResult(run.folder, step, total, results)
         callbacks.check()

@@ -27,6 +27,7 @@ from vlm.training.checkpoint import Checkpoints
 from vlm.training.console import log
 from vlm.training.evals import Evaluations
 from vlm.training.resolution import image_size_at
+from vlm.training.rollback import Rollback, carry_out_rollback
 from vlm.training.run import Run
 from vlm.training.schedule import (
     Length,
@@ -36,7 +37,7 @@ from vlm.training.schedule import (
     phase_starts,
     text_buckets,
 )
-from vlm.training.start import OtherPhase, start
+from vlm.training.start import OtherPhase, phase_starts_of, start
 from vlm.training.step import Trainer, TrainState
 from vlm.training.supervision import TrainingSupervision, with_templates
 
@@ -66,6 +67,8 @@ class RunPhases:
         self.count = len(run.experiment.phases)
         self.starts: list[int] = []  # first steps of phases that have begun
         self.end: int | None = None
+        self.divergence: dict[str, Any] = {}  # state of the monitor in the checkpoint
+        self._rollback: Rollback | None = None  # the last one
         self._open(self._likely())
         try:
             for number in range(self.number + 1, self.count + 1):
@@ -83,12 +86,18 @@ class RunPhases:
         """Stop the readers of the open phase."""
         self.batches.close()
 
-    def start(self, checkpoints: Checkpoints, length: Length) -> TrainState:
-        """Restore the state of the newest checkpoint and open its phase, or make a new state."""
+    def start(
+        self, checkpoints: Checkpoints, length: Length, total: int | None = None
+    ) -> TrainState:
+        """Restore the state of the newest checkpoint and open its phase, or make a new state.
+
+        A pending rollback is carried out first. `total` is the number of steps after one.
+        """
+        self._rollback = carry_out_rollback(self._run, checkpoints)
         while True:
             trainer = self.trainer
             try:
-                state, self.starts = start(
+                state, data_state = start(
                     self._run,
                     trainer,
                     self.batches,
@@ -97,6 +106,7 @@ class RunPhases:
                     length,
                     self.number,
                     self._check_changes,
+                    total,
                 )
             except OtherPhase as other:
                 if len(other.starts) > self.count:
@@ -108,6 +118,11 @@ class RunPhases:
                 self._open(len(other.starts))
                 continue
             step, total = int(state.step), int(state.total_steps)
+            self.starts = phase_starts_of(data_state)
+            self.divergence = data_state.get("divergence", {})
+            if self._rollback is not None and step <= self._rollback.step:
+                self.divergence |= self._rollback.counts()
+            self._skip_data(step)
             later = phase_starts(self.experiment, total, step, self.batches.samples)
             check_starts(self.experiment, later, total, step)
             self._set_bounds(later)
@@ -118,6 +133,16 @@ class RunPhases:
         """Return the position of the data, and the phases that have begun, for a checkpoint."""
         begun = {"phase_starts": self.starts} if self.starts else {}
         return self.batches.get_state() | begun
+
+    def _skip_data(self, step: int) -> None:
+        """Move the data on to where the last rollback left it.
+
+        Checkpoints that were written after a rollback are of later steps. One of an earlier step
+        takes the place of a corrupt one.
+        """
+        rollback = self._rollback
+        if rollback and step <= rollback.step and rollback.phase == self.number:
+            self.batches.resume(self.batches.get_state() | rollback.data)
 
     def begins_next(self, step: int) -> bool:
         """Whether the next phase begins before the step that follows `step` steps."""
@@ -133,6 +158,7 @@ class RunPhases:
         self.starts = [*self.starts, step]
         state = carried_over(trainer, self.trainer, state)
         self.batches.resume(position)
+        self._skip_data(step)
         self._set_bounds(phase_starts(self.experiment, total, step, self.batches.samples))
         self.trainer.check_losses(state, image_size_at(self.experiment, step, total))
         changes = {

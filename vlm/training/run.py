@@ -1,7 +1,7 @@
 """The run folder: create it, open it again, locate its files, and export the bundle.
 
 config.json  history.jsonl  checkpoints/  tokenizer/  log.jsonl  tensorboard/  profile/  bundle/
-results.json  report.html, and base.json if an adapter is trained
+results.json  report.html, base.json if an adapter is trained, rollback.json after a rollback
 """
 
 import contextlib
@@ -43,6 +43,7 @@ class Run:
         self.checkpoints, self.tokenizer = folder / "checkpoints", folder / "tokenizer"
         self.log, self.results = folder / "log.jsonl", folder / "results.json"
         self.bundle, self.classifier = folder / "bundle", folder / zero_shot.FILE
+        self.rollback = folder / "rollback.json"
         # [before, now] of each field that a resumed run changes, and its experiment before
         self.changes: dict[str, list[Any]] = {}
         self.before = experiment
@@ -132,6 +133,13 @@ class Run:
         if jax.process_index() == 0:
             self._add_to_history(step, total, changes, data, phase=number)
 
+    def record_rollback(self, rollback: dict[str, Any]) -> None:
+        """Append a line to the history: a rollback, once."""
+        names = ("rollbacks", "left", "reason", "skipped")
+        row = {name: rollback[name] for name in names}
+        if jax.process_index() == 0 and row not in [r.get("rollback") for r in self.starts()]:
+            self._add_to_history(rollback["step"], rollback["total"], {}, "", rollback=row)
+
     def _add_to_history(
         self, step: int, total: int, changes: dict[str, list[Any]], data: str, **more: Any
     ) -> None:
@@ -203,7 +211,7 @@ class Run:
         return rows[-1]["total_steps"] if rows else None
 
     def starts(self) -> list[dict[str, Any]]:
-        """Return the run's history: a row for each start and phase, with the changed fields."""
+        """Return the run's history: a row for each start, phase and rollback."""
         return read_history(self.folder)
 
     def history_text(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from vlm.callbacks import Callback, Live, RunInfo, in_notebook
+from vlm.callbacks import Callback, Divergence, Live, RunInfo, in_notebook
 from vlm.config import Code, to_dict
 from vlm.errors import ConfigError, TrainingError, first_line
 from vlm.training.bucket_sync import BucketSync
@@ -62,6 +62,10 @@ class RunCallbacks:
             self._call("on_eval", step, metrics)
         elif "checkpoint/seconds" in row:
             self._call("on_checkpoint", step, metrics)
+
+    def divergence(self, divergence: Divergence) -> None:
+        """Call `on_divergence`."""
+        self._call("on_divergence", divergence)
 
     def end(self, results: Mapping[str, float], finished: bool) -> None:
         """Call `on_end`, once."""

@@ -72,11 +72,13 @@ def start(
     length: Length = length_in_steps,
     phase: int = 0,
     check: Callable[[], None] = lambda: None,
-) -> tuple[TrainState, list[int]]:
+    total: int | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
     """Restore the state of the newest checkpoint, or initialise a new one of `length` steps.
 
-    Returns it with the first steps of the phases that have begun: as many as `phase`, that of the
-    trainer and the batches. `check` is called before the state of a checkpoint is read.
+    Returns it with the data state of the checkpoint, which is empty without one. The phase of both
+    must be `phase`, that of the trainer and the batches. `check` is called before the state of a
+    checkpoint is read. `total` is the number of steps of a run that returns to a checkpoint.
 
     Raises:
         OtherPhase: the newest checkpoint is of another phase.
@@ -105,7 +107,7 @@ def start(
             assert classes is not None
             run.check_classes(classes.names)
         _resume_data(run, batches, data_state)
-        return _with_length(run, trainer, batches, state), phase_starts_of(data_state)
+        return _with_length(run, trainer, batches, state, total), data_state
     if phase:  # its checkpoint was deleted
         raise OtherPhase([])
     if run.resumed:
@@ -126,7 +128,7 @@ def start(
         assert classes is not None
         run.record_classes(classes.names)
         state = with_head(trainer, state, classes.embed(trainer, state))
-    return state, []
+    return state, {}
 
 
 def phase_starts_of(data_state: dict[str, Any]) -> list[int]:
@@ -151,9 +153,11 @@ def _resume_data(run: Run, batches: TrainIterator, data_state: dict[str, Any]) -
 
 
 def _with_length(
-    run: Run, trainer: Trainer, batches: TrainIterator, state: TrainState
+    run: Run, trainer: Trainer, batches: TrainIterator, state: TrainState, total: int | None
 ) -> TrainState:
     """Set the total steps of a resumed run, if its length or the steps of its length changed.
+
+    If `total` is given, set that.
 
     Raises:
         ConfigError: the run is already past the new length.
@@ -163,7 +167,8 @@ def _with_length(
     sizes = ("batch_size", "selection", "phases")
     if any(name.startswith(sizes) for name in run.changes):  # so many examples are other steps
         changed |= e.examples is not None or e.epochs is not None
-    total = length_in_steps(trainer, batches, e.data) if changed else run.last_total()
+    if total is None:
+        total = length_in_steps(trainer, batches, e.data) if changed else run.last_total()
     step = int(state.step)
     if total is None or total == int(state.total_steps):
         return state

@@ -46,6 +46,11 @@ class ActivityTimer:
             self.seconds[activity] += now - began
             self._now, self._since = outer, now
 
+    def spent(self, activity: str) -> float:
+        """Return the total seconds of an activity, with those since it began if it goes on."""
+        now, since = self._now, self._since
+        return self.seconds[activity] + (time.monotonic() - since if now == activity else 0.0)
+
     def __enter__(self) -> "ActivityTimer":
         threading.Thread(target=self._watch, name="vlm-activity", daemon=True).start()
         return self

@@ -1,0 +1,101 @@
+"""Time of a run by purpose, over kills, resumes and failures."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from processes import environment, send_at, start, wait, write_config
+
+import vlm
+from vlm.paths import as_path
+from vlm.training.goodput import FILE, PURPOSES, TimeTally
+from vlm.training.history import read_rows
+
+
+def rows_of(run) -> list[dict]:
+    return read_rows(as_path(run) / FILE)
+
+
+def test_work_after_the_step_that_a_run_returns_to_is_lost():
+    rows = [
+        {"step": 0, "start": 10.0},
+        {"step": 20, "compute": 4.0, "data": 1.0},
+        {"step": 40, "compute": 4.0, "checkpoint": 0.5},
+        {"step": 55, "compute": 3.0},  # killed here
+        {"step": 40, "began": "now"},
+        {"step": 40, "start": 8.0},
+        {"step": 70, "compute": 6.0, "evaluation": 2.0},
+        {"step": 20, "lost": 1.5},  # a rollback
+        {"step": 90, "compute": 7.0},
+        {"step": 90, "end": "finished"},
+    ]
+    tally = TimeTally(rows)
+    assert tally.starts == 2
+    expected = {"compute": 11.0, "data": 1.0, "start": 10.0, "lost": 3 + 4.5 + 8 + 8 + 1.5}
+    assert {name: s for name, s in tally.seconds.items() if s} == pytest.approx(expected)
+    assert sum(tally.seconds.values()) == pytest.approx(
+        sum(row.get(name, 0.0) for row in rows for name in PURPOSES)
+    )
+    assert sum(tally.shares().values()) == pytest.approx(1.0)
+
+
+def test_all_time_of_a_run_has_a_purpose(tiny, tmp_path):
+    seen: list[dict] = []
+
+    class Recorder(vlm.callbacks.Callback):
+        def on_step(self, step, metrics):
+            seen.append(dict(metrics))
+
+    began = time.monotonic()
+    run = tiny(run_dir=str(tmp_path / "run"), data={"eval_split": "test"}, eval_every=0.5)
+    result = vlm.train(run, callbacks=[Recorder()])
+    took = time.monotonic() - began
+    tally = TimeTally(rows_of(result))
+    assert 0.5 * took < sum(tally.seconds.values()) <= took
+    assert all(tally.seconds[name] > 0 for name in ("compute", "evaluation", "start", "checkpoint"))
+    assert tally.seconds["lost"] == 0
+    for metrics in seen:
+        shares = [metrics[f"goodput/{name}"] for name in PURPOSES]
+        assert sum(shares) == pytest.approx(1.0)
+        assert metrics["memory/host"] > 2**20
+    assert rows_of(result)[-1] == {"step": 12, "end": "finished"}
+
+
+@pytest.mark.untyped
+def test_a_failed_and_a_stopped_run_say_how_they_ended(tiny, tmp_path):
+    class Broken(vlm.callbacks.Callback):
+        def on_step(self, step, metrics):
+            raise OSError("the pager is off")
+
+    failed = tmp_path / "failed"
+    with pytest.raises(vlm.TrainingError):
+        vlm.train(tiny(run_dir=str(failed)), callbacks=[Broken()])
+    assert rows_of(failed)[-1]["end"] == "failed"
+    assert "the pager is off" in rows_of(failed)[-1]["error"]
+    with vlm.steps(tiny(run_dir=str(tmp_path / "stopped"))) as loop:
+        for state, _ in loop:
+            if int(state.step) == 3:
+                break
+    assert rows_of(tmp_path / "stopped")[-1] == {"step": 3, "end": "stopped"}
+
+
+@pytest.mark.slow
+def test_a_killed_run_has_lost_its_work_after_the_checkpoint(tiny, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    experiment = tiny(steps=400, log_every=1, checkpoint_every=0.5, run_dir=str(run))
+    config = write_config(experiment, tmp_path / "config.json")
+    first = start([config], environment(), log)
+    send_at(signal.SIGKILL, 300, run, [first])
+    wait(first, log, -signal.SIGKILL)
+    assert "end" not in rows_of(run)[-1]
+    before = TimeTally(rows_of(run)).seconds
+    output = wait(start(["--resume", run], environment(), log), log)
+    tally = TimeTally(rows_of(run))
+    assert tally.starts == 2
+    assert tally.seconds["start"] > before["start"]
+    assert 0 < tally.seconds["lost"] < before["compute"] + before["data"] + before["other"]
+    assert f"goodput over 2 starts, {sum(tally.seconds.values()):,.0f} s: compute" in output
+    last = [json.loads(line) for line in Path(run / "log.jsonl").read_text().splitlines()][-2:]
+    assert any("goodput/lost" in row for row in last)
