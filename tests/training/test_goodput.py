@@ -33,7 +33,7 @@ def test_work_after_the_step_that_a_run_returns_to_is_lost():
     ]
     tally = TimeTally(rows)
     assert tally.starts == 2
-    expected = {"compute": 11.0, "data": 1.0, "start": 10.0, "lost": 3 + 4.5 + 8 + 8 + 1.5}
+    expected = {"compute": 11.0, "data": 1.0, "start": 18.0, "lost": 3 + 4.5 + 8 + 1.5}
     assert {name: s for name, s in tally.seconds.items() if s} == pytest.approx(expected)
     assert sum(tally.seconds.values()) == pytest.approx(
         sum(row.get(name, 0.0) for row in rows for name in PURPOSES)

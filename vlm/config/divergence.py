@@ -22,8 +22,8 @@ class DivergenceConfig(Config):
 
     Args:
         action: Action at a divergence. warn: log it and call the callbacks; roll_back: return to
-            the last good checkpoint; off: do nothing. With roll_back, a loss or gradient that is
-            not finite counts as a divergence, unless on_nonfinite is "skip": then it is an outlier.
+            the last good checkpoint; off: do nothing. With roll_back, a step whose loss or gradient
+            is not finite is an outlier, whatever on_nonfinite says, once the window is full.
         window: Number of steps that a step is compared with. None is found before a run, or a phase
             of it, has so many.
         threshold: Number of robust standard deviations.

@@ -31,12 +31,12 @@ class DivergenceMonitor:
 
     def __init__(self, config: DivergenceConfig):
         self.config = config
-        self.set_phase(lambda step: 0, True)
+        self.set_phase(lambda step: 0)
         self.restore({})
 
-    def set_phase(self, image_size_of: Callable[[int], int], stops_at_nonfinite: bool) -> None:
+    def set_phase(self, image_size_of: Callable[[int], int]) -> None:
         """Set how the next steps are compared: with steps of the same image size."""
-        self._size_of, self._stops = image_size_of, stops_at_nonfinite
+        self._size_of = image_size_of
 
     def add(self, step: int, loss: float, grad_norm: float, finite: bool) -> None:
         """Take the values of a step, in the order of the steps."""
@@ -46,8 +46,7 @@ class DivergenceMonitor:
             self.clear()
             self._size = self._size_of(step)
         full = len(self._losses) == self.config.window
-        fatal = not finite and self._stops
-        why = self._reason(loss, grad_norm, finite) if full or fatal else ""
+        why = self._reason(loss, grad_norm, finite) if full else ""
         if not why:
             self.first, self._count = None, 0
             if finite:
@@ -57,7 +56,7 @@ class DivergenceMonitor:
         self._count += 1
         if self.first is None:
             self.first = step
-        if fatal or self._count >= self.config.in_a_row:
+        if self._count >= self.config.in_a_row:
             steps = f"step {step}"
             if self.first != step:
                 steps = f"steps {self.first} to {step}"

@@ -32,14 +32,18 @@ class TimeTally:
             self.add(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add a line; earlier ones of later steps are lost. One without times is ignored."""
+        """Add a line: the work of earlier lines of later steps is lost.
+
+        A line without times is ignored.
+        """
         seconds = {name: row[name] for name in PURPOSES if name in row}
         if not seconds:
             return
         while self._kept and self._kept[-1][0] > row["step"]:
             for name, value in self._kept.pop()[1].items():
-                self.seconds[name] -= value
-                self.seconds["lost"] += value
+                if name != "start":
+                    self.seconds[name] -= value
+                    self.seconds["lost"] += value
         self.starts += "start" in row
         for name, value in seconds.items():
             self.seconds[name] += value

@@ -58,6 +58,7 @@ class Logs:
         self._peak = published_rate(jax.devices())
         self._in_flight: list[tuple[int, dict[str, jax.Array]]] = []
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # for the next row
+        self._outliers: set[int] = set()  # steps that may lead to a rollback
         self._activity, self._callbacks = activity, callbacks
         self._counts: ExampleCounts | None = None  # with a selection
         experiment = experiment or run.experiment
@@ -107,8 +108,7 @@ class Logs:
         self._schedule = BatchSchedule(sizes, e.seed)
         if self._counts is not None:
             self._counts.set_phase(e, step)
-        rolls_back = e.divergence.action == "roll_back"
-        self._stop = e.optimizer.on_nonfinite == "stop" and not rolls_back
+        self._stop = e.optimizer.on_nonfinite == "stop"
         self._most_skipped = e.optimizer.max_skipped_in_a_row
         # Of the whole mesh by batch size; empty if steps of the same size differ.
         known = () if e.resolution_schedule or e.text_lengths else sizes
@@ -159,9 +159,11 @@ class Logs:
         names = ("loss", "grad_norm", "finite")
         loss, grad_norm, finite = jax.device_get([metrics[name] for name in names])
         monitor.add(step, float(loss), float(grad_norm), bool(finite))
-        if monitor.diverged is not None and monitor.config.action == "warn":
-            if not (self._stop and not finite):  # else the next row stops the run
-                self.alert(Divergence(step, monitor.diverged, "warn"))
+        if monitor.config.action == "roll_back":
+            if monitor.first is not None:
+                self._outliers.add(step)
+        elif monitor.diverged is not None:
+            self.alert(Divergence(step, monitor.diverged, "warn"))
             monitor.clear()
 
     def alert(self, divergence: Divergence) -> None:
@@ -178,6 +180,7 @@ class Logs:
         """Go back to the rows and curves up to `step`, as a resumed run does."""
         self._in_flight.clear()
         self._done.clear()
+        self._outliers.clear()
         self._skipped = 0
         self._progress.update(self._task, completed=step)
         if self._file is not None:
@@ -252,9 +255,10 @@ class Logs:
         if not (console.is_terminal or in_notebook()):  # which show it already
             log.info(f"step {steps[-1]}/{self._total}  {message}")
         self.write(row)
-        if bad and self._stop:
+        fatal = [step for step in bad if step not in self._outliers]
+        if fatal and self._stop:
             raise TrainingError(
-                f"the loss or its gradient was not finite at step {bad[0]}: that step changed "
+                f"the loss or its gradient was not finite at step {fatal[0]}: that step changed "
                 "nothing, the run stopped, and its earlier checkpoints are kept; use --resume "
                 "with --optimizer.on-nonfinite skip or a lower --optimizer.learning-rate"
             )

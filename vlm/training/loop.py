@@ -242,7 +242,7 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
             def log_phase() -> None:
                 supervision, samples = phases.trainer.supervision, phases.batches.bad
                 logs.set_phase(phases.experiment, step, supervision, samples, phases.log_row())
-                monitor.set_phase(size_after, phases.experiment.optimizer.on_nonfinite == "stop")
+                monitor.set_phase(size_after)
 
             def save() -> None:
                 logs.flush()
