@@ -35,7 +35,8 @@ def copy(place: Path, name: str, lines: int | None = None, idle: float = 0.0) ->
         file = run / "goodput.jsonl"
         file.write_text("\n".join(file.read_text().splitlines()[:lines]) + "\n")
     for name in ("log.jsonl", "goodput.jsonl"):
-        os.utime(run / name, (time.time() - idle,) * 2)
+        then = time.time() - idle
+        os.utime(run / name, (then, then))
     return run
 
 
@@ -69,7 +70,7 @@ def test_each_status_is_told(place):
 
 def test_a_page_has_the_curves_and_fetches_nothing(place, tmp_path, capsys):
     out = tmp_path / "page.html"
-    runs(str(place / "first"), out=str(out))
+    runs((str(place / "first"),), out=str(out))
     html = out.read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:|#)|@import|url\(""", html)
     for heading in ("Loss", "Throughput", "Waiting for data", "Peak memory", "Goodput"):

@@ -137,7 +137,7 @@ def make_server(places: Sequence[str], port: int) -> ThreadingHTTPServer:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *message: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             """Log nothing."""
 
     try:

@@ -11,7 +11,15 @@ from typing import Any
 FILE = "goodput.jsonl"
 # In the order of reports. `lost` is work that was done again, and the time of rollbacks; `start` is
 # all time before the first step, which compiles; `other` is the rest, such as exporting the bundle.
-PURPOSES = ("compute", "data", "checkpoint", "evaluation", "start", "lost", "other")
+PURPOSES: tuple[str, ...] = (
+    "compute",
+    "data",
+    "checkpoint",
+    "evaluation",
+    "start",
+    "lost",
+    "other",
+)
 
 
 class TimeTally:
