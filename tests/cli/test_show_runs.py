@@ -72,7 +72,7 @@ def test_a_page_has_the_curves_and_fetches_nothing(place, tmp_path, capsys):
     out = tmp_path / "page.html"
     runs((str(place / "first"),), out=str(out))
     html = out.read_text()
-    assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:|#)|@import|url\(""", html)
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)|@import|url\(""", html)
     for heading in ("Loss", "Throughput", "Waiting for data", "Peak memory", "Goodput"):
         assert f"<h3>{heading}" in html
     record = RunRecord.read(as_path(place / "first"))

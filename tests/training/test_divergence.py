@@ -140,7 +140,7 @@ def monitor_of(action="roll_back", **options) -> DivergenceMonitor:
 
 
 def feed(monitor: DivergenceMonitor, losses, norms=None) -> list[int]:
-    """Return the steps at which a divergence is found; the monitor begins anew after each."""
+    """Return the steps at which a divergence is found; the monitor is cleared after each."""
     found = []
     norms = np.ones(len(losses)) if norms is None else norms
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1):

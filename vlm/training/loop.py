@@ -114,7 +114,8 @@ class steps(Iterator[tuple[TrainState, dict[str, jax.Array]]]):
 
     Logs, checkpoints, evaluations, callbacks and resuming are those of `train`, which takes the
     same arguments. A state is valid until the next step, which reuses its memory; metrics are
-    arrays on the device. Leaving the `with` block saves a checkpoint and ends the run.
+    arrays on the device. Leaving the `with` block saves a checkpoint and ends the run. After a
+    rollback (`Experiment.divergence`) the steps go on from an earlier one.
 
     Attributes:
         trainer: the compiled step and the shardings of the state, once the loop has begun; each
@@ -249,7 +250,8 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                 with timed("writing a checkpoint"):
                     bucket_sync.copy()  # a run resumed from here has its log up to here
                     saved = phases.trainer.checkpoint_state(state)
-                    own = {"divergence": monitor.state()} if rolls_back else {}
+                    watched = experiment.divergence.action != "off"
+                    own = {"divergence": monitor.state()} if watched else {}
                     checkpoints.save(step, saved, phases.data_state() | own)
                 goodput.record(step, force=True)
 

@@ -59,7 +59,7 @@ class TrainingResult:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """A row for each start and phase of the run: its step, and [old, new] of changed fields."""
+        """A row for each start, phase and rollback: its step, and [old, new] of changed fields."""
         return read_history(self.folder)
 
     def __fspath__(self) -> str:

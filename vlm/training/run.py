@@ -215,7 +215,7 @@ class Run:
         return read_history(self.folder)
 
     def history_text(self) -> str:
-        """Describe the run's history: each start, and each change with its old and new value."""
+        """Describe the run's history: each start, rollback, and change with old and new value."""
         return history_text(self.starts())
 
     def export(self, trainer: Trainer, state: TrainState, tokenizer: Tokenizer) -> Bundle:
