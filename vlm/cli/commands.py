@@ -136,7 +136,6 @@ COMMON = {
 
 OVERVIEW = """\
 usage: vlm COMMAND ...
-
 Contrastive vision-language models in JAX.
 
 {commands}

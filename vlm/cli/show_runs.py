@@ -19,7 +19,9 @@ REFRESH = 15  # seconds until a browser loads the page again
 
 
 def runs(
-    runs: Annotated[tuple[str, ...], arg(metavar="RUNS...")] = ("runs",),
+    runs: Annotated[
+        tuple[str, ...], arg(metavar="RUNS...", help="run folders, or folders of them.")
+    ] = ("runs",),
     /,
     out: Annotated[str | None, arg(metavar="FILE.html")] = None,
     serve: bool = False,
