@@ -16,9 +16,10 @@ from vlm.nn.attention import (
     Attention,
     _sharded_kernel,
     attend,
+    attend_captured,
 )
-from vlm.nn.cpu_attention import attend_in_parts
-from vlm.nn.positions import grid_rotation
+from vlm.nn.cpu_attention import attend_at_once, attend_in_parts
+from vlm.nn.positions import alibi, grid_rotation
 from vlm.sharding import AXES, batch_sharding, make_mesh, mesh_of
 
 kernel = functools.partial(tpu_attention.attend, interpret=True)
@@ -237,3 +238,98 @@ def test_attention_in_parts_is_attention(shape, masked):
 
     for got, plain in zip(found, with_gradients(library, *x, mask), strict=True):
         np.testing.assert_allclose(got, plain, atol=1e-5)
+
+
+SLOPES = {2: [2**-4, 2**-8], 6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]}  # by number of heads
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 6, 8), (1, 1100, 2, 8)])  # groups of heads; queries
+@pytest.mark.parametrize("kind", ["additive", "alibi", "padded alibi", "causal bias", "softcap"])
+def test_attention_in_parts_changes_logits(shape, kind):
+    b, n, heads, d = shape
+    *x, keys = arrays(*shape, masked=True, dtype=jnp.float32)
+    options = {"causal": kind == "causal bias", "softcap": 0.5 if kind == "softcap" else None}
+    mask, bias = None, np.zeros((1, 1, 1, 1))
+    if kind in ("additive", "causal bias"):
+        sizes = (b, 1, n, n) if kind == "additive" else (1, heads, 1, n)
+        mask = bias = jnp.asarray(np.random.default_rng(1).standard_normal(sizes), jnp.float32)
+    elif "alibi" in kind:
+        padded = kind == "padded alibi"
+        mask = alibi(heads, keys if padded else None)
+        distance = np.abs(np.arange(n)[:, None] - np.arange(n))
+        bias = -np.asarray(SLOPES[heads])[:, None, None] * distance
+        bias = np.where(keys, bias, -np.inf) if padded else bias[None]
+    bias = np.where(np.tri(n, dtype=bool), bias, -np.inf) if options["causal"] else bias
+
+    def written_out(query, key, value, _):
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) * d**-0.5
+        cap = options["softcap"]
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits + bias), value)
+
+    found = with_gradients(functools.partial(attend_in_parts, **options), *x, mask)
+    with jax.enable_x64(True):
+        wanted = with_gradients(written_out, *(jnp.asarray(a, jnp.float64) for a in x), None)
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 6, 8), (1, 1100, 2, 8)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_parts_is_as_near_in_bfloat16_as_the_library(shape, causal):
+    *x, mask = arrays(*shape, masked=True)
+
+    def library(query, key, value, mask):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+
+    exact = with_gradients(library, *(a.astype(jnp.float32) for a in x), mask)
+    rounded = with_gradients(library, *x, mask)
+    found = with_gradients(functools.partial(attend_in_parts, causal=causal), *x, mask)
+    for want, plain, got in zip(exact, rounded, found, strict=True):
+        assert np.abs(got - want).max() <= 2 * np.abs(plain - want).max() + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["keys", "alibi", "queries"])
+@pytest.mark.parametrize("shape", [(2, 300, 6, 8), (2, 1100, 2, 8)])
+def test_attention_in_parts_of_a_row_without_keys_is_finite(shape, kind):
+    b, n, heads, _ = shape
+    *x, _ = arrays(*shape, dtype=jnp.float32)
+    keys = np.ones((b, 1, 1, n), bool)
+    keys[0] = False
+    queries = np.ones((b, 1, n, n), bool)
+    queries[0, :, -1] = False
+    keys, queries = jnp.asarray(keys), jnp.asarray(queries)
+    masks = {"keys": keys, "alibi": alibi(heads, keys), "queries": queries}
+    found = with_gradients(attend_in_parts, *x, masks[kind])
+    assert all(np.isfinite(a).all() for a in found)
+    np.testing.assert_allclose(found[0][0, -1], np.asarray(x[2])[0].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["causal", "alibi"])
+def test_attention_in_parts_makes_no_mask_of_all_queries(kind):
+    n, heads = 2048, 12
+    x = [jax.ShapeDtypeStruct((2, n, heads, 8), jnp.float32)] * 3
+    keys = jax.ShapeDtypeStruct((2, 1, 1, n), jnp.bool)
+
+    def temporary(attention):
+        def run(query, key, value, keys):
+            mask = alibi(heads, keys) if kind == "alibi" else None
+            return attention(query, key, value, mask, causal=kind == "causal")
+
+        return jax.jit(run).lower(*x, keys).compile().memory_analysis().temp_size_in_bytes
+
+    weights = 2 * heads * n * n * 4
+    assert temporary(attend_at_once) >= weights
+    assert temporary(attend_in_parts) < weights / 16
+
+
+@pytest.mark.parametrize("kind", ["additive", "alibi", "softcap"])
+def test_only_cpus_attend_in_parts(kind):
+    n, heads = 1100, 2
+    x = [jax.ShapeDtypeStruct((1, n, heads, 8), jnp.float32)] * 3
+    masks = {"additive": jnp.zeros((1, 1, 1, n)), "alibi": alibi(heads)}
+    softcap = 5.0 if kind == "softcap" else None
+    run = functools.partial(attend_captured, mask=masks.get(kind), softcap=softcap)
+    for platform, loops in {"cpu": True, "cuda": False, "tpu": False}.items():
+        text = jax.jit(run).trace(*x).lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.while" in text) == loops, platform

@@ -181,6 +181,13 @@ def test_fine_tuning_moves_every_parameter_of_the_texts():
         assert (half * model.encode_text("a photo of a cat")).sum() > 0.995
 
 
+def test_alibi_adds_no_large_constant_to_the_program():
+    n = 512
+    tokens = jax.ShapeDtypeStruct((1, n), jnp.int32)
+    program = jax.make_jaxpr(vlm.load(GOLDEN / "hf_jina_v1").model.encode_text)(tokens)
+    assert max(np.size(x) for x in program.consts) < n * n
+
+
 def vision(width, image_size, patch_size, layers):
     names = ("rope_embeddings", "intp_freq", "naive_swiglu", "subln")
     return {

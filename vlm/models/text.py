@@ -118,8 +118,7 @@ class TextTower(nnx.Module):
         if c.positions == "rotary":
             rotation = token_rotation(x.shape[1], c.width // c.heads, c.rotary_base)
         elif c.positions == "alibi":
-            bias = alibi(x.shape[1], c.heads)[None]
-            mask = bias if mask is None else jnp.where(mask, bias, jnp.finfo(jnp.float32).min)
+            mask = alibi(c.heads, mask)
         options = {"keys": keys, "rotation": rotation, "intermediates": intermediates}
         return self.transformer(x, mask, **options), real
 

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from vlm.nn import cuda_attention, tpu_attention
 from vlm.nn.auto_axes import auto_axes
-from vlm.nn.cpu_attention import Mask, attend_in_parts
+from vlm.nn.cpu_attention import Mask, attend_at_once, attend_in_parts
 from vlm.nn.intermediates import Intermediates
 from vlm.nn.layers import LayerNorm, RMSNorm, linear
-from vlm.nn.positions import Rotation, rotate
+from vlm.nn.positions import Alibi, Rotation, rotate
 from vlm.nn.remat import ATTENDED, PROJECTED
 from vlm.sharding import batch_ways, free_batch_axes, mesh_of
 
@@ -35,15 +35,13 @@ def attend(
 ) -> Float[Array, "b q h d"]:
     """softmax(query key^T / sqrt(d)) value (Vaswani et al., 2017, arXiv:1706.03762).
 
-    `mask` is true where a query may attend, or is added to the logits, or is how many of each
-    example's first keys are real. The softmax is float32. The implementation is chosen at lowering,
-    so that planning for a TPU on a CPU host uses the TPU's. TPUs and NVIDIA GPUs use a fused kernel
-    for arrays that it supports.
+    `mask` is true where a query may attend, or is added to the logits, or is ALiBi's slopes, or is
+    how many of each example's first keys are real. The softmax is float32. The implementation is
+    chosen at lowering, so that planning for a TPU on a CPU host uses the TPU's. TPUs and NVIDIA
+    GPUs use a fused kernel for arrays that it supports.
     """
-    if mask is not None and jnp.issubdtype(
-        mask.dtype, jnp.floating
-    ):  # for which there is no fused kernel
-        return attend_in_parts(query, key, value, mask, causal=causal)
+    if isinstance(mask, Alibi) or (mask is not None and jnp.issubdtype(mask.dtype, jnp.floating)):
+        return _attend_unfused(query, key, value, mask, causal=causal)
     dense = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
     implementations = {
         "cpu": functools.partial(attend_in_parts, causal=causal),
@@ -61,7 +59,19 @@ def attend(
     return lax.platform_dependent(query, key, value, mask, **implementations)
 
 
-def _by_key(mask: Mask | Lengths | None, key: Array) -> Mask | None:
+def _attend_unfused(query, key, value, mask, **options):
+    """Attend where there is no fused kernel: in parts on a CPU, else at once."""
+    return lax.platform_dependent(
+        query,
+        key,
+        value,
+        mask,
+        cpu=functools.partial(attend_in_parts, **options),
+        default=functools.partial(attend_at_once, **options),
+    )
+
+
+def _by_key(mask: Array | None, key: Array) -> Array | None:
     """Return lengths as a mask over keys; other masks as they are."""
     if mask is None or mask.ndim == 4:
         return mask
@@ -133,8 +143,11 @@ def attend_captured(
     """
     if intermediates is None and softcap is None:
         return attend(query, key, value, mask, causal=causal)
-    options: dict = {"causal": causal, "softcap": softcap, "intermediates": intermediates}
-    return attend_in_parts(query, key, value, _by_key(mask, key), **options)
+    mask = mask if isinstance(mask, Alibi) else _by_key(mask, key)
+    options: dict = {"causal": causal, "softcap": softcap}
+    if intermediates is None:
+        return _attend_unfused(query, key, value, mask, **options)
+    return attend_at_once(query, key, value, mask, intermediates=intermediates, **options)
 
 
 class Attention(nnx.Module):

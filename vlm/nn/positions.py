@@ -1,10 +1,11 @@
 """Position embeddings: sinusoidal, rotary (arXiv:2104.09864), and ALiBi (arXiv:2108.12409)."""
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 # Sines and cosines, one row per token: as wide as a head to rotate neighbouring pairs of channels,
 # or half as wide to rotate the two halves of a head.
@@ -69,22 +70,30 @@ def token_rotation(count: int, head_dim: int, base: float) -> Rotation:
     return jnp.asarray(np.sin(angles)), jnp.asarray(np.cos(angles))
 
 
-def alibi(count: int, heads: int) -> Float32[np.ndarray, "heads count count"]:
-    """ALiBi: logits to add, which fall with the distance of two tokens by a slope for each head.
+class Alibi(NamedTuple):
+    """ALiBi: logits fall with the distance of two tokens by a slope for each head.
 
-    Tokens attend in both directions, as in JinaBERT (arXiv:2310.19923).
+    Tokens attend in both directions, as in JinaBERT (arXiv:2310.19923). `keys` is true for real
+    ones. Attention computes the distances, so that no array of (h, n, n) is in the program.
+    """
+
+    slopes: Float[Array, "1 h 1 1"]
+    keys: Bool[Array, "#b 1 1 k"] | None = None
+
+
+def alibi(heads: int, keys: Bool[Array, "#b 1 1 k"] | None = None) -> Alibi:
+    """ALiBi with the slopes of its paper (arXiv:2108.12409) for a number of heads.
 
     Example:
         >>> from vlm.nn.positions import alibi
-        >>> alibi(3, 2)[0, 0].tolist()
-        [0.0, -0.0625, -0.125]
+        >>> alibi(2).slopes.ravel().tolist()
+        [0.0625, 0.00390625]
     """
     power = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     # Between the slopes of a power of two, every other one of those of the next power.
     slopes += [2.0 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
-    distance = np.abs(np.arange(count)[:, None] - np.arange(count))
-    return -np.asarray(slopes, np.float32)[:, None, None] * distance.astype(np.float32)
+    return Alibi(jnp.asarray(slopes, jnp.float32)[None, :, None, None], keys)
 
 
 def rotate(x: Float[Array, "b n h d"], rotation: Rotation) -> Float[Array, "b n h d"]:
