@@ -40,12 +40,11 @@ from vlm.video import encode_video, video_logits
 from vlm.weights import bundle_format, instantiate
 from vlm.weights.adapter import AdapterOrigin, SavedAdapter, write_adapter
 from vlm.weights.eight_bits import EightBits
-from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_arrays
+from vlm.weights.fingerprint import fingerprint_of, fingerprint_of_model
 from vlm.weights.model_facts import facts_of
 from vlm.weights.push import push_to_hub
 from vlm.weights.registry import open_adapter, open_model, source_of
 from vlm.weights.resolution import at_context_length, at_image_size, resizing
-from vlm.weights.rules import flat_arrays
 from vlm.weights.token_check import TokenCheck
 from vlm.weights.writing import TEXTS, SavedFormat, write_folder
 
@@ -213,7 +212,7 @@ class Bundle(FactSheet):
 
     @functools.cached_property
     def identity(self) -> str:
-        """The fingerprint of the checkpoint, without an adapter.
+        """The fingerprint of the checkpoint and of truncation, without an adapter.
 
         Raises:
             CheckpointError: the checkpoint has moved since it was loaded.
@@ -225,14 +224,14 @@ class Bundle(FactSheet):
         if self.source is not None:
             checkpoint, _ = open_model(self.source, None)
             return fingerprint_of(checkpoint.for_length(self.tokenizer.config.context_length))
-        return fingerprint_of_arrays((name, to_host(x)) for name, x in flat_arrays(self.model))
+        return fingerprint_of_model(self.model)
 
     def merged(self) -> "Bundle":
         """Merge the adapter into the kernels; returns the bundle itself if it has none."""
         if self.adapter is None:
             return self
-        same = {"fingerprint": self.fingerprint, "source": self.source}
-        return self._like(adapters.merged(self.model), **same)
+        origin = {"fingerprint": self.fingerprint, "source": self.source}
+        return self._like(adapters.merged(self.model), **origin)
 
     def with_adapter(self, adapter: adapters.Adapter, config: AdapterConfig) -> "Bundle":
         """Copy the bundle with another adapter; the kernels are quantized as in its config.
@@ -252,8 +251,8 @@ class Bundle(FactSheet):
 
     def _like(self, model: DualEncoder, **changes: Any) -> "Bundle":
         """Copy the bundle with another model."""
-        same = {"name": self.name, "templates": self.templates}
-        return Bundle(model, self.preprocess, self.tokenizer, **(same | changes))
+        kept = {"name": self.name, "templates": self.templates}
+        return Bundle(model, self.preprocess, self.tokenizer, **(kept | changes))
 
     def save_adapter(self, folder: epath.PathLike) -> None:
         """Write the adapter alone as a small folder, which `load` opens with its base model.

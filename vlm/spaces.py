@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import jax.numpy as jnp
 from flax import nnx
 
-from vlm.config import ModelConfig
+from vlm.config import ModelConfig, XCLIPConfig
 from vlm.errors import ConfigError, warn_once
 from vlm.models.dual_encoder import DualEncoder
 from vlm.weights.instantiate import abstract_model, check_tower
@@ -27,7 +27,8 @@ def with_text(self: B, text: B) -> B:
     and arrays are shared. `save` writes it as any bundle.
 
     Raises:
-        ConfigError: one has no such tower, or their embeddings differ in size.
+        ConfigError: one has no such tower, their embeddings differ in size, or the vision tower is
+            X-CLIP's.
 
     Example:
         >>> joined = model.with_text(model)
@@ -37,6 +38,7 @@ def with_text(self: B, text: B) -> B:
     first, second = cast(Any, self), cast(Any, text)
     check_tower(first.model, "vision", first.name)
     check_tower(second.model, "text", second.name)
+    _check_no_video_prompts(first, "joined with another text tower")
     ours, theirs = first.config, second.config
     if (ours.embed_dim, ours.full_dim) != (theirs.embed_dim, theirs.full_dim):
         raise ConfigError(
@@ -60,13 +62,14 @@ def with_dimensions(self: B, dimensions: int) -> B:
     files do not list the size. An adapter is merged. `save` keeps the truncation.
 
     Raises:
-        ConfigError: more dimensions than the model has, or none.
+        ConfigError: more dimensions than the model has, or none; or X-CLIP.
 
     Example:
         >>> model.with_dimensions(8).encode_text("a red square").shape
         (1, 8)
     """
     bundle = cast(Any, self)
+    _check_no_video_prompts(bundle, "truncated")
     config, full = bundle.config, bundle.config.tower_dim
     if not 1 <= dimensions <= full:
         raise ConfigError(
@@ -82,6 +85,14 @@ def with_dimensions(self: B, dimensions: int) -> B:
         config, embed_dim=dimensions, full_dim=None if dimensions == full else full
     )
     return bundle._like(_copy(bundle.merged().model, config))
+
+
+def _check_no_video_prompts(bundle: Any, change: str) -> None:
+    if isinstance(bundle.config.vision, XCLIPConfig):
+        raise ConfigError(
+            f"{bundle.name} cannot be {change}: its vision tower (X-CLIP) changes the full text "
+            "embeddings of its own text tower by each video, so use another model"
+        )
 
 
 def _copy(model: DualEncoder, config: ModelConfig) -> DualEncoder:

@@ -13,6 +13,7 @@ import pytest
 import vlm
 from vlm.config import QFormerConfig
 from vlm.errors import CheckpointError, ConfigError
+from vlm.evaluation.distributed import DistributedModel
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf_blip2"
 TEXTS = ["a photo of a cat", "Two DOGS!", "x"]
@@ -76,6 +77,19 @@ def test_one_vector_of_an_image_is_refused(blip2, golden, tmp_path):
         blip2.save(tmp_path / "back", format="huggingface")
     with pytest.raises(ConfigError, match="vectors of an image, and the losses take one"):
         vlm.Experiment(name="x", model=blip2.config)
+
+
+def test_evaluation_is_refused_with_what_works(blip2, golden):
+    task = vlm.ZeroShotTask(golden[0], TEXTS, [0, 1, 2], vlm.DataInfo("noise"))
+    for model in (blip2, DistributedModel(blip2)):
+        with pytest.raises(ConfigError, match="task 'zero-shot' compares one vector of an image"):
+            vlm.evaluation.evaluate(model, [task])
+
+
+def test_wrapped_models_keep_the_vectors(blip2, golden):
+    images, logits = golden
+    classify = vlm.ZeroShotClassifier(DistributedModel(blip2), {text: [text] for text in TEXTS})
+    assert np.abs(classify(images).logits - logits).max() < 5e-6
 
 
 def test_bundles_keep_the_vectors(blip2, golden, tmp_path):

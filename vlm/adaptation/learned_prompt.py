@@ -20,7 +20,6 @@ from vlm.heads.inputs import Images
 from vlm.heads.prompted import NET, PromptedClassifier, PromptRows, prompt_rows, shift
 from vlm.heads.prompts import class_embeddings, label_prompts
 from vlm.heads.templates import choose_templates
-from vlm.models.dual_encoder import unit_norm
 
 StepPlan = Callable[[Callable[[], Any], int], int]  # see `steps` of `learn_prompt`
 
@@ -95,7 +94,7 @@ def learn_prompt(
     if tower is None:
         raise ConfigError(f"{model.name} has no text tower: load it with tower='both'")
     assert model.config.text_transformer  # raises for other kinds, which take no vectors
-    graph, state = nnx.split(tower)
+    graph, state = nnx.split(model.model)
     table = np.asarray(tower.embedding[...], np.float32)
     scale = rate * float(np.sqrt(np.mean(table**2)))
     key = jax.random.key(seed)
@@ -109,11 +108,12 @@ def learn_prompt(
     def embed(state, contexts):
         """Embed all labels in each of n contexts (n, k, w) as (n, m, d)."""
         n = len(contexts)
-        z = nnx.merge(graph, state)(
+        z = nnx.merge(graph, state).encode_text_with_context(
             jnp.tile(tokens, (n, 1)),
-            context=(jnp.repeat(contexts, m, axis=0), jnp.tile(positions, (n, 1))),
+            jnp.repeat(contexts, m, axis=0),
+            jnp.tile(positions, (n, 1)),
         )
-        return unit_norm(z).reshape(n, m, -1)
+        return z.reshape(n, m, -1)
 
     def loss(params, state, z, own):
         contexts = params["context"][None]

@@ -104,8 +104,9 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
         "init_from": _init_from,
         "tokenizer_file": _tokenizer_file,
     },
-    "ModelConfig": _all(STATE, "vision text embed_dim loss full_dim matryoshka")
-    | _all(START, "init_scale init_bias"),
+    "ModelConfig": _all(STATE, "vision text embed_dim loss full_dim")
+    | _all(START, "init_scale init_bias")
+    | _all(FREE, "matryoshka"),
     "PreprocessConfig": _all(
         FREE,
         "image_size resize pad_value patch_size max_patches kernel backend antialias mean std "

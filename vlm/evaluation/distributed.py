@@ -30,6 +30,11 @@ class DistributedModel:
         self.loss: Rule = model.loss
         self.logit_scale, self.logit_bias = model.logit_scale, model.logit_bias
 
+    @property
+    def bundle(self) -> Any:
+        """The bundle behind the model, or a user's own model."""
+        return getattr(self._model, "bundle", self._model)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 

@@ -20,9 +20,8 @@ import vlm.config
 from vlm._version import __version__
 from vlm.errors import CheckpointError
 from vlm.heads.encoder import Encoder
-from vlm.heads.token_embeddings import image_tokens, several_vectors
-from vlm.sharding import to_host
-from vlm.weights.fingerprint import fingerprint_of_arrays
+from vlm.heads.token_embeddings import image_tokens, multi_vector_bundle
+from vlm.weights.fingerprint import fingerprint_of_model
 from vlm.weights.rules import flat_arrays
 
 PROBE_TEXT = "a photo of a red car in the snow"
@@ -53,11 +52,14 @@ def embedding_facts(
     import jax
 
     owner = getattr(model, "bundle", model)  # a server's model has a bundle
+    config = getattr(owner, "config", None)
+    if isinstance(config, vlm.config.ModelConfig):  # the sizes that it lists change no embedding
+        config = dataclasses.replace(config, matryoshka=())
     facts: dict[str, Any] = {
         "vlm": __version__,
         "platform": jax.default_backend(),
         "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
-        "config": getattr(owner, "config", None),
+        "config": config,
     }
     if (module := getattr(owner, "model", None)) is not None:
         facts["dtype"] = ", ".join(sorted({str(x.dtype) for _, x in flat_arrays(module)}))
@@ -97,8 +99,7 @@ def stored_facts(model: Encoder, tower: Literal["image", "text"] | None = None) 
     fingerprint = getattr(model, "fingerprint", None)
     module = getattr(getattr(model, "bundle", model), "model", None)
     if fingerprint is None and module is not None:
-        arrays = ((name, to_host(x)) for name, x in flat_arrays(module))
-        fingerprint = fingerprint_of_arrays(arrays)
+        fingerprint = fingerprint_of_model(module)
     found = {} if fingerprint is None else {"fingerprint": fingerprint}
     return found | {name: fact for name, fact in facts.items() if name not in ROUNDING}
 
@@ -147,8 +148,8 @@ def _probes(model: Encoder) -> dict[str, Callable[[], np.ndarray]]:
 
 def _first_vector(model: Encoder) -> np.ndarray:
     """Return the embedding of the probe image, or the first if there are several."""
-    if several_vectors(model):
-        return image_tokens(model, [PROBE_IMAGE])[0][0]
+    if (bundle := multi_vector_bundle(model)) is not None:
+        return image_tokens(bundle, [PROBE_IMAGE])[0][0]
     return np.asarray(model.encode_image([PROBE_IMAGE]), np.float32)[0]
 
 

@@ -31,7 +31,7 @@ from vlm.heads.max_similarity import (
 )
 from vlm.heads.model_identity import check_identity, identity
 from vlm.heads.prompts import normalise
-from vlm.heads.token_embeddings import image_tokens, several_vectors, text_tokens
+from vlm.heads.token_embeddings import image_tokens, multi_vector_bundle, text_tokens
 from vlm.inputs.opening import ImageLike, is_image
 from vlm.weights.fields import choice, fields, integer, read_json_of_format
 from vlm.weights.new_folder import new_folder
@@ -294,7 +294,7 @@ class MultiVectorIndex:
                 "give an array of vectors of shape (t, d), or MultiVectorIndex(model)"
             )
         found: dict[int, np.ndarray] = {i: np.asarray(items[i], np.float32) for i in given}
-        of_texts = _one_of_each_text if several_vectors(self.model) else text_tokens
+        of_texts = _text_vectors if multi_vector_bundle(self.model) else text_tokens
         for at, encode in ((texts, of_texts), (images, image_tokens)):
             if at and self.model is not None:
                 found |= dict(zip(at, encode(self.model, [items[i] for i in at]), strict=True))
@@ -351,7 +351,7 @@ class MultiVectorIndex:
         return found
 
 
-def _one_of_each_text(model: Bundle, texts: list[str]) -> Queries:
+def _text_vectors(model: Bundle, texts: list[str]) -> Queries:
     return list(model.encode_text(texts)[:, None])
 
 

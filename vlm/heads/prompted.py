@@ -20,7 +20,6 @@ from vlm.heads.classifier_file import reading_classifier, write_classifier
 from vlm.heads.prompts import class_prompts
 from vlm.heads.zero_shot import Embeddings, ImageClassifier
 from vlm.inputs.tokenizer import Tokenizer
-from vlm.models.dual_encoder import unit_norm
 
 KEY = "vlm prompted classifier"  # metadata key in a saved file
 PROMPTS = 256  # batch size of the text tower
@@ -152,18 +151,17 @@ def prompt_encoder(model: Bundle) -> Any:
     Raises:
         ConfigError: a model without a text tower.
     """
-    tower = getattr(getattr(model, "model", None), "text", None)
-    if tower is None:
+    if getattr(getattr(model, "model", None), "text", None) is None:
         raise ConfigError(
             f"{getattr(model, 'name', model)} has no text tower that takes learned vectors: give "
             "a model that vlm.load opened with both towers"
         )
     assert model.config.text_transformer  # raises for other kinds, which take no vectors
-    graph, state = nnx.split(tower)
+    graph, state = nnx.split(model.model)
 
     @jax.jit
     def encode(state, tokens, contexts, positions):
-        return unit_norm(nnx.merge(graph, state)(tokens, context=(contexts, positions)))
+        return nnx.merge(graph, state).encode_text_with_context(tokens, contexts, positions)
 
     return functools.partial(encode, state)
 

@@ -8,7 +8,7 @@ several vectors of an image by itself, which were trained to be compared with on
 import functools
 import itertools
 from collections.abc import Iterable
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,9 +26,10 @@ from vlm.weights.instantiate import check_images, check_tower
 Vectors = Float[np.ndarray, "_ d"]
 
 
-def several_vectors(model: Any) -> TypeGuard[Bundle]:
-    """Return True if a model makes several vectors of an image and one of a text, as BLIP-2."""
-    return isinstance(model, Bundle) and model.config.vision.vectors > 1
+def multi_vector_bundle(model: Any) -> Bundle | None:
+    """Return the bundle behind a model of several vectors of an image (BLIP-2); None for others."""
+    bundle = getattr(model, "bundle", model)  # wrappers, such as DistributedModel, have a bundle
+    return bundle if isinstance(bundle, Bundle) and bundle.config.vision.vectors > 1 else None
 
 
 def image_tokens(
@@ -51,7 +52,7 @@ def image_tokens(
         >>> [z.shape for z in vlm.heads.image_tokens(model, pictures[:2])]
         [(4, 16), (4, 16)]
     """
-    check_images(model.model, model.name, several=True)
+    check_images(model.model, model.name, multi_vector=True)
     graph, state = _split(model, "vision")
     size, found = batch_size_of(batch_size), []
     for rows in pixel_batches(model.preprocess, one_or_many(images), size, on_error):

@@ -21,7 +21,7 @@ from vlm.heads.encoder import Encoder, Rule
 from vlm.heads.inputs import Images
 from vlm.heads.prompts import cached_embeddings, class_prompts, indices, leaves_of
 from vlm.heads.templates import choose_templates
-from vlm.heads.token_embeddings import image_tokens, several_vectors
+from vlm.heads.token_embeddings import image_tokens, multi_vector_bundle
 from vlm.inputs.opening import OnError, one_or_many
 
 Embeddings = np.ndarray | Array
@@ -150,7 +150,7 @@ class ImageClassifier(abc.ABC):
 
     model: Encoder
     labels: tuple[str, ...]
-    _several = False  # whether `logits` takes several vectors of an image
+    _multi_vector = False  # whether `logits` takes several vectors of an image
 
     @property
     def rule(self) -> Rule:
@@ -170,7 +170,7 @@ class ImageClassifier(abc.ABC):
         called for each unreadable image, which then has no row: see `Bundle.encode_image`.
         """
         z_image, first = encode_images(
-            self.model, images, batch_size, on_error, several=self._several
+            self.model, images, batch_size, on_error, multi_vector=self._multi_vector
         )
         return Classification(self.labels, np.asarray(self.logits(z_image)), self.rule, first)
 
@@ -218,7 +218,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         3
     """
 
-    _several = True
+    _multi_vector = True
 
     @rename_arguments(none="other_label")
     def __init__(
@@ -290,7 +290,7 @@ class ZeroShotClassifier(ImageClassifier, display.FactSheet):
         Raises:
             ConfigError: no images, another number of labels, or an unknown label.
         """
-        z_image, _ = encode_images(self.model, images, batch_size, several=True)
+        z_image, _ = encode_images(self.model, images, batch_size, multi_vector=True)
         target = indices(labels, self.labels)
         if len(labels) != len(z_image):
             raise ConfigError(f"{len(z_image)} images and {len(labels)} labels: give one each")
@@ -407,14 +407,14 @@ def encode_images(
     batch_size: int | None = None,
     on_error: OnError | None = None,
     *,
-    several: bool = False,
+    multi_vector: bool = False,
 ) -> tuple[Float[np.ndarray, "n *v d"], tuple[Any, ...]]:
     """Encode a stream of images; return embeddings and the first few images, for display.
 
-    With `several`, a model that makes several vectors of an image gives all.
+    With `multi_vector`, a model that makes several vectors of an image gives all.
 
     Raises:
-        ConfigError: no images, or several vectors of an image without `several`.
+        ConfigError: no images, or several vectors of an image without `multi_vector`.
     """
     first: dict[int, Any] = {}
 
@@ -437,9 +437,9 @@ def encode_images(
     if on_error is not None:
         options["on_error"] = skip
     everything = remember_first(itertools.chain(head, stream))
-    if several and several_vectors(model):
-        found = np.asarray(image_tokens(model, everything, **options))
-        z_image = found.reshape(-1, model.config.vision.vectors, model.embed_dim)
+    if multi_vector and (bundle := multi_vector_bundle(model)) is not None:
+        found = np.asarray(image_tokens(bundle, everything, **options))
+        z_image = found.reshape(-1, bundle.config.vision.vectors, bundle.embed_dim)
     else:
         z_image = model.encode_image(everything, **options)
     return np.asarray(z_image, np.float32), tuple(first.values())

@@ -65,6 +65,15 @@ class DualEncoder(nnx.Module):
         """Map token ids to unit-norm float32 embeddings; fill `intermediates`."""
         return self._embed("text", tokens, keys=keys, intermediates=intermediates)
 
+    def encode_text_with_context(
+        self,
+        tokens: Int[Array, "b n"],
+        contexts: Float[Array, "b k w"],
+        positions: Int[Array, "b k"],
+    ) -> Float[Array, "b e"]:
+        """Embed token ids with vectors in place of the token embeddings at `positions` (CoOp)."""
+        return self._embed("text", tokens, context=(contexts, positions))
+
     def dense(self, name: Literal["vision", "text"], inputs: Any) -> Float[Array, "b n e"]:
         """Unit-norm embeddings of each position of an image or token of a text: see the towers'."""
         z = getattr(self, name).dense(inputs)

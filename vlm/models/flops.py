@@ -56,8 +56,8 @@ PAIRS_ALONE = Supervision()
 
 def encode_flops(config: ModelConfig) -> tuple[float, float]:
     """Forward FLOPs of encoding one image and one text."""
-    image = vision_flops(config.vision, config.embed_dim)
-    text = text_flops(config.text, config.embed_dim)
+    image = vision_flops(config.vision, config.tower_dim)
+    text = text_flops(config.text, config.tower_dim)
     return sum(image.values()), sum(text.values())
 
 
@@ -67,9 +67,9 @@ def step_flops(
     """FLOPs of one training step over the global batch: "vision/mlp", "text/pool", ..., "loss"."""
     e, batch = experiment, experiment.batch_size
     again = 1 if e.micro_batch_size not in (None, batch) else 0
-    towers = {"vision": vision_flops(e.model.vision, e.model.embed_dim, training=True)}
+    towers = {"vision": vision_flops(e.model.vision, e.model.tower_dim, training=True)}
     if e.objective != "classification":  # its texts are encoded once, at the start
-        towers["text"] = text_flops(e.model.text, e.model.embed_dim, masking=e.text_masking)
+        towers["text"] = text_flops(e.model.text, e.model.tower_dim, masking=e.text_masking)
     parts = {}
     for tower, forward in towers.items():
         for part, flops in forward.items():

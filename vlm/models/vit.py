@@ -98,8 +98,8 @@ class ViTTower(nnx.Module):
         elif c.qformer is not None:
             self.pool = QFormer(c.qformer, c.width, dtype=dtype, rngs=rngs)
         else:
-            maps = c.pool in ("map", "class_map")
-            self.pool = map_pool(c, dtype=dtype, rngs=rngs) if maps else None
+            has_map = c.pool in ("map", "class_map")
+            self.pool = map_pool(c, dtype=dtype, rngs=rngs) if has_map else None
         self.pooler = Linear(c.width, c.width, dtype=dtype, rngs=rngs) if c.pooler else None
         self.projection = projection(c, pooled_width, embed_dim, dtype=dtype, rngs=rngs)
 

@@ -196,7 +196,10 @@ def place(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Arr
 def _check_same(e: Experiment, other: bundle.Bundle, towers: tuple[str, ...]) -> None:
     """Raise a ConfigError that lists every field in which the two models differ."""
     config, preprocess = other.config, other.preprocess.config
-    pairs = {"model.embed_dim": (config.embed_dim, e.model.embed_dim)}
+    pairs = {
+        f"model.{name}": (getattr(config, name), getattr(e.model, name))
+        for name in ("embed_dim", "full_dim")
+    }
     for tower in towers:
         theirs, ours = (to_dict(getattr(model, tower)) for model in (config, e.model))
         pairs |= {

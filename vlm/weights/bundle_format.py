@@ -73,7 +73,8 @@ def open_checkpoint(path: epath.Path) -> Checkpoint:
         name, saved = string(about["name"], "name"), string(about["fingerprint"], "fingerprint")
         _find_code(config, dict(about.get("code", {})), os.fspath(path))
         digests = about.get("digests")  # None: a bundle from before there were digests
-        if digests is not None and (not isinstance(digests, dict) or fingerprint(digests) != saved):
+        valid = digests is None or isinstance(digests, dict)
+        if not valid or (digests is not None and fingerprint(digests, config) != saved):
             raise ValueError("its digests are not those of its fingerprint")
     except MissingCodeError:
         raise
@@ -172,7 +173,7 @@ def write(
             "format": 1 if quantize is None else FORMAT,
             "version": __version__,
             "name": name,
-            "fingerprint": fingerprint(digests),
+            "fingerprint": fingerprint(digests, model.config),
             "model": to_dict(model.config),
             "preprocess": to_dict(preprocess.config),
             "tokenizer": to_dict(tokenizer.config),

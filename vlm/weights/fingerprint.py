@@ -13,13 +13,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 from jaxtyping import Shaped
 
+from vlm.config import ModelConfig
 from vlm.errors import CheckpointError
+from vlm.models.dual_encoder import DualEncoder
+from vlm.sharding import to_host
 from vlm.weights.checkpoint import Checkpoint
 from vlm.weights.files import Tensors, part_rows, write_safetensors
 from vlm.weights.instantiate import abstract_model
-from vlm.weights.rules import read_all
+from vlm.weights.rules import flat_arrays, read_all
 
 _LENGTH = 32  # hexadecimal digits of SHA-256, which common CPUs compute in hardware
 
@@ -38,17 +42,29 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
         return checkpoint.fingerprint
     model = abstract_model(checkpoint.config, jnp.float32)
     arrays = read_all(model, checkpoint.rules, checkpoint.tensors, checkpoint.ignored)
-    return fingerprint_of_arrays(arrays)
+    return _fingerprint_of_arrays(arrays, checkpoint.config)
 
 
-def fingerprint_of_arrays(arrays: Iterable[tuple[str, Any]]) -> str:
-    """Return the fingerprint of named parameters; one at a time is copied to the host."""
-    return fingerprint({name: digests(name, np.asarray(array)) for name, array in arrays})
+def fingerprint_of_model(model: nnx.Module) -> str:
+    """Return the fingerprint of a model; one parameter at a time is copied to the host."""
+    arrays = ((name, to_host(array)) for name, array in flat_arrays(model))
+    config = model.config if isinstance(model, DualEncoder) else None  # a user's own module
+    return _fingerprint_of_arrays(arrays, config)
 
 
-def fingerprint(digests: Digests) -> str:
-    """Return one digest of the digests of all parameters."""
+def _fingerprint_of_arrays(arrays: Iterable[tuple[str, Any]], config: ModelConfig | None) -> str:
+    return fingerprint({name: digests(name, np.asarray(x)) for name, x in arrays}, config)
+
+
+def fingerprint(digests: Digests, config: ModelConfig | None = None) -> str:
+    """Return one digest of the digests of all parameters.
+
+    With the config of a model whose embeddings are truncated, it covers their dimensions: the
+    weights are those of the full model, and the embeddings are not.
+    """
     text = json.dumps(sorted((name, list(parts)) for name, parts in digests.items()))
+    if config is not None and config.full_dim is not None:
+        text += f" truncated to {config.embed_dim}"
     return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
 
 

@@ -74,10 +74,11 @@ def check_tower(model: DualEncoder, tower: Literal["vision", "text"], name: str)
         raise ConfigError(absence(tower, getattr(model.config, tower), name))
 
 
-def check_images(model: DualEncoder, name: str, *, several: bool = False) -> None:
+def check_images(model: DualEncoder, name: str, *, multi_vector: bool = False) -> None:
     """Raise a ConfigError if the model called `name` does not embed images.
 
-    It has no vision tower, one of videos, or without `several` one of several vectors an image.
+    It has no vision tower, one of videos, or, without `multi_vector`, one of several vectors an
+    image.
     """
     check_tower(model, "vision", name)
     if (frames := model.config.vision.video_frames) is not None:
@@ -85,7 +86,7 @@ def check_images(model: DualEncoder, name: str, *, several: bool = False) -> Non
             f"{name} embeds videos of {frames} frames, not images: use encode_video, or an image "
             "model such as ViT-B-32"
         )
-    if (count := model.config.vision.vectors) > 1 and not several:
+    if (count := model.config.vision.vectors) > 1 and not multi_vector:
         raise ConfigError(
             f"{name} makes {count} vectors of an image, and this takes one: use "
             "vlm.heads.image_tokens, vlm.heads.MultiVectorIndex or vlm.ZeroShotClassifier"
