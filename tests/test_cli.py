@@ -1,5 +1,6 @@
 """The command line on real files: what it prints, what it writes, and how it fails."""
 
+import dataclasses
 import json
 import os
 import re
@@ -628,6 +629,16 @@ def test_eval_by_name_goes_on_and_compare_says_which_is_better(
     do("eval", run, "--tasks", task, "--out", out, "--decode", "reference")
     results = json.loads((out / "results.json").read_text())["results"]
     assert results[0]["provenance"]["evidence"]["decode"] == "reference"  # measured again
+    model = vlm.load(run)
+    prompts = {"query": "a red square: ", "item": "blue: "}
+    rules = dataclasses.replace(model.tokenizer.config, prompts=prompts)
+    model.tokenizer = model.tokenizer.with_rules(rules)
+    model.save(tmp_path / "prompted")
+    for prompt in prompts:  # each is measured again
+        do("eval", tmp_path / "prompted", "--tasks", task, "--out", out, "--prompt", prompt)
+        results = json.loads((out / "results.json").read_text())["results"]
+        rules = results[0]["provenance"]["evidence"]["tokenizer"]
+        assert f"default_prompt='{prompt}'" in rules
     found = json.loads(do("compare", out, out, "--json", "--out", tmp_path / "page.html"))
     assert found[0]["p_value"] == 1
     assert (tmp_path / "page.html").exists()

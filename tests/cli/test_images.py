@@ -14,7 +14,7 @@ from PIL import Image
 import vlm
 from vlm.cli import main
 from vlm.cli.commands import UsageError
-from vlm.cli.index import frames_of
+from vlm.cli.index import recorded_frames
 from vlm.cli.search import search
 
 BROKEN = ("empty.png", "half.png", "page.jpg", "gone.png")
@@ -164,7 +164,7 @@ def test_a_video_is_searched_by_a_video(run, tmp_path, capsys):
             container.mux(stream.encode(None))
     clips, index = str(tmp_path / "clips"), str(tmp_path / "index")
     assert main(["index", clips, index, "--video", "3", "--model", run]) == 0
-    assert frames_of(tmp_path / "index") == 3
+    assert recorded_frames(tmp_path / "index") == 3
     red = str(tmp_path / "clips" / "red.mp4")
     capsys.readouterr()
     assert main(["search", index, red, "--json"]) == 0

@@ -1,14 +1,22 @@
 """Dynamic batching: batch composition, order, and isolation of errors."""
 
+import contextlib
+import json
+import pathlib
+import shutil
 import threading
 import time
 
 import numpy as np
 import pytest
 
+import vlm
 from vlm.errors import DataError
+from vlm.serving.batched import Batched
 from vlm.serving.batching import Batcher, arrival
 from vlm.serving.ordered_threads import OrderedThreads
+
+NOMIC = pathlib.Path(__file__).parents[1] / "weights" / "golden" / "st_nomic"
 
 
 class Device:
@@ -117,6 +125,32 @@ def test_batch_sizes_follow_the_measured_times():
     batcher._seconds = {("a", n): 0.01 * n for n in seconds}  # exact, whatever else is running
     assert [batcher._batch_size("a", n) for n in (1, 3, 6, 8)] == [1, 2, 4, 8]
     batcher.close()
+
+
+def test_long_texts_have_lengths_that_double_and_small_batches(tmp_path, monkeypatch):
+    folder = shutil.copytree(NOMIC, tmp_path / "nomic")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"n_positions": 2048}))
+    bundle = vlm.load(folder, context_length=2048).with_prompt("clustering")
+    with contextlib.closing(Batched(bundle, max_batch=4)) as model:
+        lengths = [kind.length for kind in model.kinds()]
+        assert lengths[-4:] == [256, 512, 1024, 2048]
+        long = "a photo of a cat " * 60
+        (needed,) = bundle.tokenizer.lengths(long)
+        assert 256 < needed < 512
+        observed = []
+        monkeypatch.setattr(model.batcher, "_observe", lambda kind, *more: observed.append(kind))
+        assert np.abs(model.encode_text(long) - bundle.encode_text(long)).max() < 1e-5
+        assert observed == [("text", 512)]
+        largest = {}
+        monkeypatch.setattr(
+            model.batcher, "_compute", lambda kind, items: largest.update({kind.length: len(items)})
+        )
+        model.warm_up()
+        assert [largest[n] for n in lengths[-4:]] == [4, 2, 1, 1]
+        seconds = {kind: float(kind.length) for kind in model.kinds()}
+        monkeypatch.setattr(model.batcher, "_recent", seconds)
+        assert model.seconds_per_item() == model.seconds_per_item("text") == 256
 
 
 def test_the_time_per_item_follows_a_machine_that_becomes_slower():

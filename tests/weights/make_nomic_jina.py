@@ -74,7 +74,8 @@ def weights_of(w: dict[str, torch.Tensor], name: str) -> tuple:
 
 def nomic_text(name: str) -> None:
     made = vocabulary_of("bert")
-    text = text_of("bert", *made) | {"max_position_embeddings": 64}
+    # The published code rounds the hidden width of 37 up.
+    text = text_of("bert", *made) | {"max_position_embeddings": 64, "intermediate_size": 256}
     model = NomicBertModel(NomicBertConfig(**text, layer_norm_eps=1e-12))
     record_text(name, model, made, 41, modules.Pooling(24))
     folder = GOLDEN / name

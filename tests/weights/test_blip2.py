@@ -49,6 +49,16 @@ def test_scores_are_the_largest_cosine(blip2, golden, tmp_path):
     assert np.array_equal(loaded(images).logits, classify(images).logits)
 
 
+@pytest.mark.parametrize("name", ["hf_blip", "hf_blip2"])
+def test_scores_without_a_temperature_are_logged(name, golden, caplog):
+    with caplog.at_level("INFO"):
+        model = vlm.load(GOLDEN.parent / name)
+    assert f"{name} has no temperature: its logits are cosines" in caplog.text
+    classify = vlm.ZeroShotClassifier(model, TEXTS)
+    best = classify(golden[0]).logits.argmax(axis=1)
+    assert classify.calibrate(golden[0], [TEXTS[i] for i in best]).temperature < 1
+
+
 def test_unreadable_images_are_skipped(blip2, golden):
     images, logits = golden
     classify = vlm.ZeroShotClassifier(blip2, {text: [text] for text in TEXTS})

@@ -55,13 +55,41 @@ def test_nomic_vision_embeds_as_published():
 
 def test_nomic_text_embeds_as_transformers_does(caplog):
     golden = np.load(GOLDEN / "st_nomic" / "text.npz")
-    with caplog.at_level(logging.INFO):
-        model = vlm.load(GOLDEN / "st_nomic")
-    assert "a prompt before each text: choose one of search_query," in caplog.text
+    model = vlm.load(GOLDEN / "st_nomic")
+    assert model.config.text_transformer.mlp_dim == 256  # n_inner is 37
     texts = golden["texts"].tolist()
     assert np.abs(model.encode_text(texts) - unit(golden["z_text"])).max() < 3e-6
     asked = model.encode_text(texts, prompt="search_query")
     assert np.array_equal(asked, model.encode_text([f"search_query: {text}" for text in texts]))
+
+
+def test_texts_without_a_required_prompt_are_warned_of_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("vlm.errors.WARNED", set())
+    vlm.load(GOLDEN / "st_nomic").save(tmp_path / "bundle")
+    model = vlm.load(tmp_path / "bundle")
+    for silent in (
+        lambda: model.encode_text("a cat", prompt="search_query"),
+        lambda: model.encode_text("a cat", prompt=""),
+        lambda: model.encode_text(["search_query: a cat", "clustering: a dog"]),
+        lambda: model.with_prompt("classification").encode_text("a cat"),
+    ):
+        silent()
+    assert "a prompt" not in caplog.text
+    for _ in range(2):
+        model.encode_text(["search_query: a cat", "a dog"])
+    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "before each text: choose one of search_query, search_document," in warning.message
+
+
+def test_nomic_text_without_a_table_of_segments(tmp_path):
+    folder = changed("st_nomic", (), {"type_vocab_size": 0}, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (table,) = (name for name in tensors if name.endswith("token_type_embeddings.weight"))
+    words = table.replace("token_type", "word")
+    tensors[words] = tensors[words] + tensors.pop(table)[:1]
+    save_file(tensors, folder / "model.safetensors")
+    same = vlm.load(GOLDEN / "st_nomic").encode_text("a cat", prompt="")
+    assert np.array_equal(vlm.load(folder).encode_text("a cat", prompt=""), same)
 
 
 def test_nomic_text_with_the_fields_of_transformers(tmp_path):
@@ -72,6 +100,7 @@ def test_nomic_text_with_the_fields_of_transformers(tmp_path):
     names = {theirs: name for name, theirs in nomic._OLD_NAMES.items()}
     sizes = {names[name]: value for name, value in old.items() if name in names}
     more = {"hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}
+    sizes["intermediate_size"] = 256  # which the published code rounds up to
     values = sizes | more | {"model_type": "nomic_bert", "vocab_size": old["vocab_size"]}
     (folder / "config.json").write_text(json.dumps(values))
     texts = ["a photo of a cat", "two dogs"]
@@ -93,6 +122,10 @@ def test_positions_that_are_scaled_end_where_their_training_did(tmp_path):
         ("st_nomic", (), {"prenorm": True}, "prenorm is True: vlm supports False"),
         ("st_nomic", (), {"moe_every_n_layers": 2}, "moe_every_n_layers is 2"),
         ("st_nomic", (), {"rotary_emb_fraction": 0.5}, "rotary_emb_fraction is 0.5"),
+        ("st_nomic", (), {"rotary_emb_fraction": None}, "rotary_emb_fraction is 0.0"),
+        ("st_nomic", (), {"activation_function": None}, "activation_function is 'gelu_new'"),
+        ("nomic_vision", (), {"activation_function": None}, "activation_function is 'gelu_new'"),
+        ("nomic_vision", (), {"prenorm": None}, "prenorm is False"),
         ("st_nomic", (), {"qkv_proj_bias": True}, r"missing from the file: .*Wqkv\.bias"),
         ("nomic_vision", (), {"learned_pos_embedding": True}, "learned_pos_embedding is True"),
         ("nomic_vision", (), {"global_pool": "avg"}, "global_pool is 'avg'"),
@@ -100,6 +133,9 @@ def test_positions_that_are_scaled_end_where_their_training_did(tmp_path):
         ("nomic_vision", (), {"norm_mlp": False}, r"without a place in the model: .*mlp\.norm"),
         ("nomic_vision", (), {"num_channels": 1}, "1 channels"),
         ("hf_jina_v2", (), {"add_projections": True}, "add_projections is True"),
+        ("hf_jina_v2", (), {"text_config_dict": {"embed_dim": 8}}, "text_config_dict is {"),
+        ("hf_jina_v2", (), {"truncate_dim": 9}, "truncate_dim is 9: vlm supports 8, 16, 24"),
+        ("hf_jina_v1", (), {"truncate_dim": 9}, "truncate_dim is 9: vlm supports 24"),
         ("hf_jina_v2", ("text_config",), {"default_lora_task": "x"}, "'x' is not in lora_adapt"),
         ("hf_jina_v2", ("text_config",), {"hf_model_name_or_path": "x"}, "hf_model_name_or_path"),
         ("hf_jina_v2", ("text_config",), {"embed_dim": 12}, "texts in 12 dimensions and images"),
@@ -136,6 +172,17 @@ def test_the_adapter_is_named_and_can_be_another(tmp_path, caplog):
     plain = {name: x for name, x in plain.items() if middle not in name}
     save_file(plain, folder / "model.safetensors")
     assert np.array_equal(vlm.load(folder).encode_text("a cat"), z[None])
+
+
+def test_truncate_dim_truncates_as_the_published_encode_functions(tmp_path):
+    golden = np.load(GOLDEN / "hf_jina_v2" / "outputs.npz")
+    changes = {"truncate_dim": 8, "vision_config_dict": {}, "text_config_dict": None}
+    model = vlm.load(changed("hf_jina_v2", (), changes, tmp_path))
+    assert (model.config.embed_dim, model.config.full_dim) == (8, 24)
+    z = np.asarray(model.model.encode_image(jnp.asarray(golden["pixels"])))
+    assert np.abs(z - unit(golden["z_image"][:, :8])).max() < 3e-6
+    z = model.encode_text(golden["texts"].tolist())
+    assert np.abs(z - unit(golden["z_text"][:, :8])).max() < 3e-6
 
 
 def test_jina_clip_with_the_files_of_sentence_transformers(tmp_path):

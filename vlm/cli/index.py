@@ -187,7 +187,7 @@ def _save(index: Any, folder: Path, replaces: bool) -> None:
     partial.replace(folder / MODEL_FILE)
 
 
-def frames_of(folder: Path) -> int | None:
+def recorded_frames(folder: Path) -> int | None:
     """Return the frames of each video in an index of videos; None for one of images."""
     try:
         frames = parse((folder / MODEL_FILE).read_text(encoding="utf-8")).get("video_frames")

@@ -1,4 +1,4 @@
-"""`vlm search`: search images by a text or by another image."""
+"""`vlm search`: search images by a text, another image or a video."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vlm.cli import options, runtime
-from vlm.cli.index import frames_of, is_index, model_of, update_index
+from vlm.cli.index import is_index, model_of, recorded_frames, update_index
 from vlm.cli.model import load_model
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, ConflictError, DataError
@@ -65,8 +65,8 @@ def search(
         sheet: draw the images on a contact sheet, a .png or .jpg file.
         pictures: show the images in terminals that can: kitty, iTerm2, and those with sixels.
         json: print one JSON object for each image.
-        plus: texts and images to add to the query.
-        minus: texts and images to subtract from the query.
+        plus: texts, images and videos to add to the query.
+        minus: texts, images and videos to subtract from the query.
         weight: weight of the main query; --plus and --minus terms have weight 1.
         like: QUERY is the id of an image in the index; find similar images.
         where: conditions on metadata, with =, !=, <, <=, > or >=; all must hold.
@@ -77,7 +77,7 @@ def search(
     if k < 1:
         raise UsageError(f"--k {k} finds nothing: give at least 1")
     if not query.strip():
-        raise UsageError("the query is empty: give a text or the path of an image")
+        raise UsageError("the query is empty: give a text or the path of an image or a video")
     if sheet is not None and not sheet.lower().endswith((".png", ".jpg", ".jpeg")):
         raise UsageError(f"--sheet {sheet!r} is not a PNG or JPEG: give a name that ends in .png")
     runtime.prepare_inference()
@@ -88,8 +88,8 @@ def search(
         from vlm.heads.filters import Condition, where_all
 
         limits["where"] = where_all([Condition(*condition) for condition in conditions])
-    asked = () if like else tuple(map(_query, (query, *plus, *minus)))  # which checks the files
-    if prompt is not None and not any(isinstance(item, str) for item in asked):
+    terms = () if like else tuple(map(_query, (query, *plus, *minus)))  # which checks the files
+    if prompt is not None and not any(isinstance(item, str) for item in terms):
         raise UsageError("--prompt is put before text queries, and there is none: leave it out")
     opened, unreadable = _open(index, model, options.moved_folders(root))
     if prompt is not None:
@@ -140,7 +140,7 @@ def _embedded(index: Any, folder: str, query: str) -> Any:
     item = _query(query)
     if isinstance(item, str) or item.suffix.lower() not in VIDEO_SUFFIXES - SUFFIXES:
         return item
-    return index.model.encode_video([item], frames=frames_of(Path(folder).expanduser()))[0]
+    return index.model.encode_video([item], frames=recorded_frames(Path(folder).expanduser()))[0]
 
 
 def _id(index: Any, query: str) -> str | int:
@@ -223,7 +223,7 @@ def _query(query: str) -> str | Path:
     """Return the path of an image or a video, if `query` ends like one; else the text.
 
     Raises:
-        DataError: there is no such image.
+        DataError: the path is an image's, and there is no such file.
     """
     from vlm.inputs.opening import SUFFIXES
     from vlm.inputs.videos import VIDEO_SUFFIXES

@@ -85,6 +85,8 @@ class TokenizerConfig(Config):
         truncation_side: Side that a long text loses.
         prompts: Texts to put before a text, by name, such as {"query": "search_query: "}.
         default_prompt: Name of the prompt of every text that names no other. None: no prompt.
+        prompt_required: The model was trained with a prompt before each text. Texts without one are
+            warned of.
 
     Example:
         >>> vlm.TokenizerConfig(context_length=77, clean="clip").context_length
@@ -104,6 +106,7 @@ class TokenizerConfig(Config):
     truncation_side: Literal["right", "left"] = "right"
     prompts: tuple[tuple[str, str], ...] = ()
     default_prompt: str | None = None
+    prompt_required: bool = False
 
     def check(self) -> None:
         self.prompt(self.default_prompt)

@@ -115,7 +115,7 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
     "TokenizerConfig": _all(
         Effect.TOKENIZER,
         "context_length pad_id bos_id eos_id lowercase clean keep_eos pad_side parse_special "
-        "zeroed_id truncation_side prompts default_prompt",
+        "zeroed_id truncation_side prompts default_prompt prompt_required",
     ),
     "DataConfig": _all(
         FREE,

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm._json import parse
 from vlm.config import TokenizerConfig, from_dict, to_dict
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError, DataError, warn_once
 from vlm.inputs.cleaning import CLEANERS
 from vlm.inputs.vocabulary_check import MAX_FILE, library_errors, parse_vocabulary
 from vlm.paths import as_path, replace_text
@@ -202,6 +202,8 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise DataError(f"text {i} is {text!r}, not a string: give strings only")
         clean, before = CLEANERS[self.config.clean], self.config.prompt(prompt)
+        if self.config.prompt_required and prompt is None and self.config.default_prompt is None:
+            self._warn_without_prompt(texts)
         texts = [clean(before + text) for text in texts]
         if self.config.lowercase:
             texts = [text.lower() for text in texts]
@@ -216,6 +218,16 @@ class Tokenizer:
                 "model again"
             ) from None
         return [encoding.ids for encoding in encoded]
+
+    def _warn_without_prompt(self, texts: list[str]) -> None:
+        """Log a warning once, unless all texts begin with a prompt of the model."""
+        prompts = dict(self.config.prompts)
+        if not all(text.startswith(tuple(prompts.values())) for text in texts):
+            warn_once(
+                "texts are encoded without a prompt, and the model was trained with one before "
+                f"each text: choose one of {', '.join(prompts)} with encode_text(prompt=), "
+                'Bundle.with_prompt or --prompt, or "" for none'
+            )
 
 
 class TwoTokenizers:

@@ -31,6 +31,7 @@ TOKENIZERS = 2  # threads; the library itself uses all cores for a long list
 # lengths make large batches. A query of some words has 8 to 12 tokens.
 CPU_TEXT_LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 TEXT_LENGTHS = (16, 32, 64, 128, 256)
+LONG = 256  # tokens; longer texts are rare: their lengths double, and their batches are smaller
 NOT_FINITE = "its embedding is not finite; the model's weights may be corrupt"
 DECODED_BYTES = 8  # of memory, for each of the pixels that an image may have
 PROCESSES = os.name == "posix"  # elsewhere, threads decode
@@ -253,7 +254,8 @@ class Batched:
             self.processes.start()
         for kind in self.kinds():
             progress(f"{kind.tower}s{f' of {kind.length}' if kind.length else ''}")
-            self.batcher.warm_up(kind, self._example(kind))
+            most = self.max_batch * LONG // kind.length if _is_long(kind) else self.max_batch
+            self.batcher.warm_up(kind, self._example(kind), max(1, most))
 
     def kinds(self) -> list[Kind]:
         """Return all possible batch keys."""
@@ -263,10 +265,12 @@ class Batched:
     def seconds_per_item(self, tower: Literal["image", "text"] | None = None) -> float:
         """Return the recent time of an item of the longest kind, of a tower or of both.
 
-        It is 0 before `warm_up`.
+        Texts of more than 256 tokens do not count, unless the tower pads all texts to them. It is 0
+        before `warm_up`.
         """
-        kinds = (kind for kind in self._kinds if tower in (None, kind.tower))
-        return max(map(self.batcher.seconds_per_item, kinds))
+        kinds = [kind for kind in self._kinds if tower in (None, kind.tower)]
+        usual = [kind for kind in kinds if not _is_long(kind)]
+        return max(map(self.batcher.seconds_per_item, usual or kinds))
 
     def close(self) -> None:
         """Finish pending work and stop the threads."""
@@ -316,7 +320,8 @@ class Batched:
         if not getattr(self.config.text, "ignores_padding", False):
             return [longest]
         lengths = CPU_TEXT_LENGTHS if jax.default_backend() == "cpu" else TEXT_LENGTHS
-        return [*(length for length in lengths if length <= longest / 1.5), longest]
+        doubled = (LONG << i for i in range(1, longest.bit_length()))
+        return [*(n for n in (*lengths, *doubled) if n <= longest / 1.5), longest]
 
     def _example(self, kind: Kind) -> np.ndarray:
         """Return a dummy item of a kind, for compilation."""
@@ -327,6 +332,10 @@ class Batched:
             return np.zeros((config.image_size, config.image_size, 3), np.uint8)
         assert config.patch_size is not None  # of NaFlex
         return np.zeros((config.patch_size, kind.length * config.patch_size, 3), np.uint8)
+
+
+def _is_long(kind: Kind) -> bool:
+    return kind.tower == "text" and kind.length > LONG
 
 
 def set_error(future: Future, error: Exception) -> None:

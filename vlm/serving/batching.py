@@ -91,8 +91,8 @@ class Batcher:
         """Call a function on that thread, once no item is queued."""
         return self._worker.submit(function)
 
-    def warm_up(self, key: Key, item: Any) -> None:
-        """Compile every batch size for `key`, and measure its time.
+    def warm_up(self, key: Key, item: Any, most: int | None = None) -> None:
+        """Compile every batch size up to `most` for `key`, and measure its time.
 
         The time is the best of two calls after the compiling one.
         """
@@ -105,9 +105,10 @@ class Batcher:
                 times.append(time.perf_counter() - start)
             return min(times[1:])
 
-        for size in self._sizes:  # one by one, so that Ctrl-C waits for one compilation at most
+        sizes = [size for size in self._sizes if most is None or size <= most]
+        for size in sizes:  # one by one, so that Ctrl-C waits for one compilation at most
             self._seconds[key, size] = self.call(functools.partial(measure, size)).result()
-        self._recent[key] = min(self._seconds[key, size] / size for size in self._sizes)
+        self._recent[key] = min(self._seconds[key, size] / size for size in sizes)
 
     def depths(self) -> dict[Key, int]:
         """Return the queue length of each key."""

@@ -4,6 +4,7 @@ The text encoder reads texts alone, without its cross-attention; the matching he
 class has no temperature: the logits are the cosines.
 """
 
+import logging
 from typing import Any
 
 from etils import epath
@@ -18,6 +19,7 @@ from vlm.weights.one_tower import SCALE, with_scale
 from vlm.weights.rules import Rule, leading
 from vlm.weights.text_encoders import bert_rules
 
+_log = logging.getLogger(__name__)
 MODEL_TYPES = ("blip",)
 # Defaults of transformers' configuration classes.
 _VISION = {
@@ -62,8 +64,18 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     )
 
 
+def log_uncalibrated(name: str) -> None:
+    """Log that a model without a temperature has cosines as logits."""
+    _log.info(
+        "%s has no temperature: its logits are cosines, and probabilities of labels are almost "
+        "equal until ZeroShotClassifier.calibrate fits a temperature on 100 labelled images or so",
+        name,
+    )
+
+
 def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:
     """Open the checkpoint in a folder."""
+    log_uncalibrated(folder.name)
     return huggingface.assemble(
         folder,
         config,

@@ -102,6 +102,7 @@ _BLOCKS = ("width", "depth", "heads", "mlp_dim", "norm_eps")
 
 def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:
     """Open the checkpoint in a folder."""
+    blip.log_uncalibrated(folder.name)
     return huggingface.assemble(
         folder,
         config,

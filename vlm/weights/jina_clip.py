@@ -3,7 +3,8 @@
 A folder gives the text tower by the name of its configuration, whose published sizes are here, with
 changes. JinaBERT has ALiBi and gated MLPs, the other rotary positions. The embedding of the only
 segment is folded into the table of tokens. The LoRA adapter of `default_lora_task`, which the
-published code uses for all texts, is merged as the weights are read.
+published code uses for all texts, is merged as the weights are read. `truncate_dim` truncates all
+embeddings, as in the published encode functions.
 """
 
 import dataclasses
@@ -87,13 +88,17 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
         CheckpointError: an option that vlm does not support, or a field of another type or size.
     """
     _check(values, where)
+    for name in ("text_config_dict", "vision_config_dict"):  # override the towers' fields
+        choice(values.get(name) or None, (None,), f"{where}: {name}")
     text, dims = _text(fields(values.get("text_config"), where), f"{where}: text_config")
     vision, width = _vision(fields(values.get("vision_config"), where), f"{where}: vision_config")
     if dims != width:
         raise CheckpointError(f"{where} embeds texts in {dims} dimensions and images in {width}")
     sizes = values.get("matryoshka_dimensions")
     sizes = () if sizes is None else integers(sizes, f"{where}: matryoshka_dimensions")
-    return ModelConfig(vision, text, embed_dim=dims, matryoshka=sizes)
+    short = choice(values.get("truncate_dim") or dims, (*sizes, dims), f"{where}: truncate_dim")
+    full = None if short == dims else dims
+    return ModelConfig(vision, text, embed_dim=short, full_dim=full, matryoshka=sizes)
 
 
 def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelConfig) -> Checkpoint:

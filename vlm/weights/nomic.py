@@ -57,6 +57,8 @@ _VISION = {
     "n_embd": 768, "n_layer": 12, "n_head": 12, "img_size": 224, "patch_size": 16,
     "num_channels": 3, "layer_norm_epsilon": 1e-5,
 }  # fmt: skip
+# Defaults of the published configuration class, GPT-2's activation among them.
+_PUBLISHED = {"activation_function": "gelu_new", "prenorm": False, "rotary_emb_fraction": 0.0}
 # Options that the towers do not have, with the value that turns each off.
 _OFF = {
     "causal": False, "parallel_block": False, "use_rms_norm": False, "num_heads_kv": None,
@@ -82,7 +84,7 @@ PROMPTS = tuple(
 _BIASES = {".attn.": "qkv_proj_bias", ".fc1": "mlp_fc1_bias", ".fc2": "mlp_fc2_bias"}
 _WORDS, _SEGMENTS = (f"embeddings.{name}_embeddings.weight" for name in ("word", "token_type"))
 _MLP_EPS = 1e-5
-_MULTIPLE = 256  # of the width of an image MLP's hidden layer
+_MULTIPLE = 256  # of the width of a gated MLP's hidden layer, in the published code
 _PATCHES = Transform(  # a Linear over (colour, row, column)
     lambda s: (s[3], s[2] * s[0] * s[1]),
     lambda x, s: x.reshape(s[3], s[2], s[0], s[1]).transpose(2, 3, 1, 0),
@@ -118,19 +120,15 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
             folder.name, config.vision, config.embed_dim, preprocess, tensors, rules
         )
     tokenizer = huggingface_tokenizer(folder, config)
-    tokenizer = tokenizer.with_rules(dataclasses.replace(tokenizer.config, prompts=PROMPTS))
-    _log.info(
-        "%s was trained with a prompt before each text: choose one of %s with encode_text(prompt=) "
-        "or Bundle.with_prompt",
-        folder.name,
-        ", ".join(name for name, _ in PROMPTS),
-    )
+    prompted = dataclasses.replace(tokenizer.config, prompts=PROMPTS, prompt_required=True)
+    tokenizer = tokenizer.with_rules(prompted)
     root = next((name.removesuffix(_WORDS) for name in tensors.shapes if name.endswith(_WORDS)), "")
     rules = _text_rules(root)
     old = "n_embd" in values  # in the published code's names, where biases are the default
     off = [part for part, field in _BIASES.items() if not values.get(field, old)]
     tensors = with_zero_biases(tensors, rules, lambda name: any(part in name for part in off))
-    tensors = ComputedTensors(tensors, *with_segment(tensors, root, config.text_transformer))
+    if values.get("type_vocab_size") != 0:
+        tensors = ComputedTensors(tensors, *with_segment(tensors, root, config.text_transformer))
     return Checkpoint(
         folder.name,
         config,
@@ -179,12 +177,24 @@ def _check(values: dict[str, Any], plain: dict[str, Any], where: str) -> None:
             choice(values[name], (value,), f"{where}: {name}")
 
 
+def _published(values: dict[str, Any]) -> dict[str, Any]:
+    """Add the defaults of the published configuration class to its fields."""
+    return _PUBLISHED | {name: value for name, value in values.items() if value is not None}
+
+
+def _gated(values: dict[str, Any], width: int, where: str) -> int:
+    """Return the hidden width of an MLP of the published code."""
+    hidden = number(values.get("n_inner") or 8 * width / 3, f"{where}: n_inner", above=0.0)
+    return -(-int(hidden) // _MULTIPLE) * _MULTIPLE
+
+
 def _text(values: dict[str, Any], where: str) -> TextConfig:
-    _check(values, _TEXT_ONLY, where)
+    old = "n_embd" in values
+    _check(_published(values) if old else values, _TEXT_ONLY, where)
     own = {new: values[old] for new, old in _OLD_NAMES.items() if values.get(old) is not None}
     c = with_defaults(values | own, _TEXT, where)
     length, ropes = c["max_position_embeddings"], fields(values.get("rope_parameters"), where)
-    default = 10_000.0 if "n_embd" in values else 1000.0
+    default = 10_000.0 if old else 1000.0
     base = ropes.get("rope_theta") or values.get("rotary_emb_base") or default
     scaled = ropes.get("rope_type", "default") != "default" or values.get("rotary_scaling_factor")
     if scaled:  # only beyond the length of its training
@@ -198,7 +208,7 @@ def _text(values: dict[str, Any], where: str) -> TextConfig:
         width=c["hidden_size"],
         depth=c["num_hidden_layers"],
         heads=c["num_attention_heads"],
-        mlp_dim=c["intermediate_size"],
+        mlp_dim=_gated(values, c["hidden_size"], where) if old else c["intermediate_size"],
         pool="mean",
         positions="rotary",
         rotary_base=number(base, f"{where}: rotary_emb_base", above=0.0),
@@ -211,7 +221,7 @@ def _text(values: dict[str, Any], where: str) -> TextConfig:
 
 
 def _vision(values: dict[str, Any], where: str) -> ViTConfig:
-    _check(values, _VISION_ONLY, where)
+    _check(_published(values), _VISION_ONLY, where)
     c = huggingface.fields_of_tower(values, _VISION, where)
     rotary = boolean(values.get("use_rotary_pos_emb") or False, f"{where}: use_rotary_pos_emb")
     grid = c["img_size"] // c["patch_size"]
@@ -219,7 +229,6 @@ def _vision(values: dict[str, Any], where: str) -> ViTConfig:
     span = [span, span] if isinstance(span, int) else span or [grid, grid]
     if not isinstance(span, list) or len(span) != 2 or span[0] != span[1]:
         raise CheckpointError(f"{where}: ref_feat_shape is {brief(span)}, not a square grid")
-    hidden = number(values.get("n_inner") or 8 * c["n_embd"] / 3, f"{where}: n_inner", above=0.0)
     normed = boolean(values.get("norm_mlp") or False, f"{where}: norm_mlp")
     return ViTConfig(
         image_size=c["img_size"],
@@ -227,7 +236,7 @@ def _vision(values: dict[str, Any], where: str) -> ViTConfig:
         width=c["n_embd"],
         depth=c["n_layer"],
         heads=c["n_head"],
-        mlp_dim=-(-int(hidden) // _MULTIPLE) * _MULTIPLE,
+        mlp_dim=_gated(values, c["n_embd"], where),
         rotary=0 if rotary else None,
         rotary_span=span[0] if rotary and span[0] != grid else None,
         rotary_rows_first=rotary,
