@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vlm.config import MeshConfig
+import vlm
+from vlm.config import MeshConfig, Phase
 from vlm.errors import ConfigError
 from vlm.models import float8
 from vlm.models.adapters import linear_layers
@@ -59,10 +60,25 @@ def test_a_model_without_such_layers_is_refused():
         float8.in_float8(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
 
 
-def test_devices_that_would_emulate_it_are_refused(monkeypatch):
-    assert "emulated" in float8.check_float8()
+def test_devices_that_would_emulate_it_are_refused(trainer, monkeypatch):
+    assert "emulated" in float8.check_float8(trainer.mesh)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU from Ada or Hopper on, and cpu"):
-        float8.check_float8()
+        float8.check_float8(trainer.mesh)
     monkeypatch.setattr(float8, "compute_capability", lambda: 9.0)
-    assert "emulated" not in float8.check_float8()
+    assert "emulated" not in float8.check_float8(trainer.mesh)
+
+
+def test_a_mesh_whose_devices_exchange_scales_is_noted():
+    for mesh, exchanged in ((MeshConfig(), False), (MeshConfig(fsdp=2), True)):
+        text = float8.check_float8(make_mesh(mesh, jax.devices()[:2]))
+        assert ("exchange the largest element" in text) is exchanged
+
+
+@pytest.mark.untyped
+def test_the_precision_of_a_later_phase_is_checked_first(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(float8, "compute_capability", lambda: 0.0)
+    monkeypatch.setattr(float8.jax, "default_backend", lambda: "tpu")
+    phase = Phase({"matmul_dtype": "float8"}, step=3)
+    with pytest.raises(ConfigError, match=r"phase 1 \(step 3\).*needs an NVIDIA GPU"):
+        vlm.train(tiny(run_dir=str(tmp_path / "run"), phases=(phase,)))

@@ -4,12 +4,14 @@ from typing import Any, TypeVar, cast
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from vlm.errors import ConfigError
 from vlm.models.adapters import linear_layers
 from vlm.nn.cuda_attention import compute_capability
+from vlm.sharding import maps_data
 
-OLDEST = 8.9  # compute capability of Ada; Hopper's is 9.0
+MIN_CAPABILITY = 8.9  # compute capability of Ada; Hopper's is 9.0
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -32,17 +34,23 @@ def in_float8(model: Model) -> Model:
     return model
 
 
-def check_float8() -> str:
-    """Return how these devices compute float8, for a log.
+def check_float8(mesh: Mesh) -> str:
+    """Return how the devices of a mesh compute float8, for a log.
 
     Raises:
         ConfigError: they would only emulate it, slower than bfloat16; on a CPU this is allowed.
     """
     kind = jax.devices()[0].device_kind
-    if compute_capability() >= OLDEST:
-        return f"the blocks' products in float8 by {kind}"
+    scales = ""
+    if mesh.size > 1 and not maps_data(mesh):
+        scales = (
+            "; with fsdp or tensor the devices exchange the largest element of each array before "
+            "its product, which is slower than mesh.data alone"
+        )
+    if compute_capability() >= MIN_CAPABILITY:
+        return f"the blocks' products in float8 by {kind}{scales}"
     if jax.default_backend() == "cpu":
-        return "the blocks' products in float8, emulated: slower on a CPU than without"
+        return f"the blocks' products in float8, emulated: slower on a CPU than without{scales}"
     raise ConfigError(
         f"matmul_dtype 'float8' needs an NVIDIA GPU from Ada or Hopper on, and {kind} would "
         "emulate it: leave it out"

@@ -1,5 +1,8 @@
 """Matrix products in float8 (arXiv:2209.05433), with a scale for each tensor and no state.
 
+A tensor is a device's rows where `vlm.sharding.per_data_shard` maps the towers. Else it is that of
+all devices, which exchange its largest element.
+
 Inputs and kernels are e4m3, and gradients e5m2, which has more range. XLA's GPU compiler replaces
 a product of converted and scaled arrays by a float8 product of cuBLASLt. Other platforms convert
 back and compute the same products in the type of the inputs, which is slower than without float8.
@@ -11,7 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-OF_INPUTS, OF_GRADIENTS = jnp.float8_e4m3fn, jnp.float8_e5m2
+INPUT_TYPE, GRADIENT_TYPE = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
 @jax.custom_vjp
@@ -21,7 +24,7 @@ def product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array
 
 
 def _forward(x, kernel):
-    rounded = _rounded(x, OF_INPUTS), _rounded(kernel, OF_INPUTS)
+    rounded = _rounded(x, INPUT_TYPE), _rounded(kernel, INPUT_TYPE)
     wide, of_kernel = (_wide(each, x.dtype) for each in rounded)
     return _contract(wide, of_kernel, -1, 0), rounded
 
@@ -30,7 +33,7 @@ def _backward(rounded, gradient):
     (x, scale), kernel = rounded
     dtype, shape = gradient.dtype, x.shape  # the type of the product is that of its inputs
     rows = gradient.reshape(-1, gradient.shape[-1])
-    gradient = _wide(_rounded(rows, OF_GRADIENTS), dtype)
+    gradient = _wide(_rounded(rows, GRADIENT_TYPE), dtype)
     of_x = _contract(gradient, _wide(kernel, dtype), -1, 1)
     x = _wide((x.reshape(-1, shape[-1]), scale), dtype)
     return of_x.reshape(shape), _contract(x, gradient, 0, 0)

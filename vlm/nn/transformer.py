@@ -169,9 +169,9 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Run the blocks; `keys`, one per example, turn dropout on.
 
-        `mask` is true where a query may attend, or how many of the first
-        tokens of each example are real. `intermediates` capture "blocks/attention" and
-        "blocks/output" with a leading layer axis.
+        `mask` is true where a query may attend, or is the number of real tokens of each example,
+        which come first. `intermediates` capture "blocks/attention" and "blocks/output" with a
+        leading layer axis.
         """
         block, parameters = nnx.split(self.blocks)
         parameters = nnx.to_pure_dict(parameters)

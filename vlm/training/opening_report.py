@@ -27,7 +27,7 @@ def report_start(run: Run, phases: RunPhases, state: TrainState) -> None:
         "data": f"{e.data.source or 'a mixture'}, {batches.description}",
         "model": _model(e, state),
         "devices": _devices(trainer),
-        **({"precision": check_float8()} if e.matmul_dtype else {}),
+        **({"precision": check_float8(trainer.mesh)} if e.matmul_dtype else {}),
         "length": _length(e, step, total),
         **({"phase": f"{phases.number} of {phases.count}"} if phases.count else {}),
         **({"later phases": changes} if changes else {}),

@@ -20,6 +20,7 @@ from vlm.data.pipeline import TrainIterator, train_batches
 from vlm.data.sources import credits, open_source, with_own_splits
 from vlm.errors import ConfigError, VlmError, brief
 from vlm.inputs.tokenizer import Tokenizer
+from vlm.models.float8 import check_float8
 from vlm.paths import on_disk
 from vlm.sharding import batch_shard, make_mesh
 from vlm.training.carry_over import carried_over, check_layouts
@@ -229,8 +230,10 @@ class RunPhases:
             raise
 
     def _check_phase(self, number: int) -> None:
-        """Check the batch size of a later phase, and that its data can be opened."""
+        """Check the batch size of a later phase, its precision, and that its data can be opened."""
         before, e = (in_phase(self._run.experiment, n) for n in (number - 1, number))
+        if e.matmul_dtype:
+            check_float8(self.mesh)
         self._check_sizes(self._run.for_devices(e))
         if e.data == before.data or (self._run.resumed and not self._run.changes):
             return
