@@ -48,6 +48,7 @@ def end_with(run: Path, **row) -> None:
 def test_each_status_is_told(place):
     copy(place, "going", lines=2)
     copy(place, "killed", lines=2, idle=3600)
+    (copy(place, "broken") / "config.json").write_text("{")
     end_with(copy(place, "stopped"), end="stopped")
     end_with(copy(place, "failed"), end="failed", error="the disk <b>is full</b>")
     new = copy(place, "new")
@@ -57,13 +58,16 @@ def test_each_status_is_told(place):
     assert {name: record.status for name, record in found.items()} == {
         "first": "finished",
         "going": "going on",
-        "killed": "killed or hung",
+        "killed": "no heartbeat",
+        "broken": "unreadable",
         "stopped": "stopped",
         "failed": "failed",
         "new": "not started",
     }
-    assert found["killed"].reason.startswith("The log has not grown for 1:00:0")
+    assert found["killed"].reason.startswith("Its process has written nothing for 1:00:0")
+    assert "config.json cannot be read" in found["broken"].reason
     assert found["failed"].reason == "the disk <b>is full</b>"
+    assert not list(run_page.differences(list(found.values())))
     html = run_page.page(list(found.values()), "now")
     assert "the disk &lt;b&gt;is full&lt;/b&gt;" in html
 

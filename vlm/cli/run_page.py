@@ -188,7 +188,8 @@ def differences(runs: Sequence[RunRecord]) -> Iterator[list[str]]:
     fields = [dict(_flat(run.config)) for run in runs]
     for name in dict.fromkeys(name for own in fields for name in own):
         values = [own.get(name, "") for own in fields]
-        if name not in ("name", "run_dir", "code") and len(set(values)) > 1:
+        readable = {own.get(name, "") for own in fields if own}
+        if name not in ("name", "run_dir", "code") and len(readable) > 1:
             yield [name, *values]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -15,9 +14,9 @@ from vlm.errors import CheckpointError
 from vlm.paths import as_config_error, is_run
 from vlm.training import goodput, history
 
-# Seconds without a new line of the log after which a run counts as dead; for slow steps, as many of
-# its longest times between two lines.
-_SILENT, _GAPS = 120.0, 5
+# Seconds without a new line after which the process of a run may be gone: while it lives, it writes
+# to goodput.jsonl every half a minute, whatever it does.
+_SILENT = 150.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,8 @@ class RunRecord:
         rows: rows of log.jsonl.
         starts: rows of history.jsonl: starts, phases and rollbacks.
         times: rows of goodput.jsonl.
-        quiet: seconds since the log last grew; None without a log.
+        quiet: seconds since the process of the run last wrote; None if it never did.
+        problem: why the folder cannot be read; empty if it can.
     """
 
     folder: epath.Path
@@ -38,6 +38,7 @@ class RunRecord:
     starts: list[dict[str, Any]]
     times: list[dict[str, Any]]
     quiet: float | None
+    problem: str = ""
 
     @classmethod
     def read(cls, folder: epath.Path) -> "RunRecord":
@@ -68,6 +69,11 @@ class RunRecord:
                 history.read_rows(times),
                 time.time() - max(changed) if changed else None,
             )
+
+    @classmethod
+    def unreadable(cls, folder: epath.Path, problem: str) -> "RunRecord":
+        """Return the record of a folder that cannot be read, with the reason."""
+        return cls(folder, {}, [], [], [], None, problem)
 
     @property
     def name(self) -> str:
@@ -101,30 +107,31 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """How the run is: finished, stopped, failed, going on, killed or hung, not started."""
+        """Status of the run: one of those listed in vlm/docs/howto/operate.md."""
+        if self.problem:
+            return "unreadable"
         end = self.times[-1] if self.times else {}
         if "end" in end:
             return end["end"]
         if self.quiet is None:
             return "not started"
-        times = [row.get("seconds", 0.0) for row in self.steps]
-        gaps = [after - before for before, after in itertools.pairwise(times)]
-        if self.quiet < max(_SILENT, _GAPS * max(gaps, default=0.0)):
-            return "going on"
-        return "killed or hung"
+        return "going on" if self.quiet < _SILENT else "no heartbeat"
 
     @property
     def reason(self) -> str:
         """Explanation of the status; empty if it needs none."""
         status = self.status
+        if status == "unreadable":
+            return self.problem
         if status == "failed":
             return self.times[-1].get("error", "")
-        if status == "killed or hung":
+        if status == "no heartbeat":
             assert self.quiet is not None
             silent = datetime.timedelta(seconds=round(self.quiet))
             return (
-                f"The log has not grown for {silent}. If no process runs, resume it with "
-                f"vlm train --resume {self.folder}"
+                f"Its process has written nothing for {silent}: it was killed, hangs, or is being "
+                "resumed. Two processes would damage the run, so check on its hosts that none is "
+                f"left before vlm train --resume {self.folder}"
             )
         if status == "stopped":
             return f"Resume it with vlm train --resume {self.folder}"

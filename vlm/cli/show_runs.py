@@ -74,7 +74,7 @@ def find_runs(places: Sequence[str]) -> list[Any]:
     """Read the runs in folders, which are runs or have runs in them, oldest first.
 
     Raises:
-        CheckpointError: there is none, or one cannot be read.
+        CheckpointError: there is none.
     """
     from vlm.cli.run_record import RunRecord
 
@@ -89,7 +89,12 @@ def find_runs(places: Sequence[str]) -> list[Any]:
                 f"{place} has no runs: give run folders made by `vlm train`, or a folder of them"
             )
         folders += inside
-    records = [RunRecord.read(folder) for folder in dict.fromkeys(folders)]
+    records = []
+    for folder in dict.fromkeys(folders):
+        try:
+            records.append(RunRecord.read(folder))
+        except VlmError as error:  # a row of the table, beside the others
+            records.append(RunRecord.unreadable(folder, str(error)))
     return sorted(records, key=lambda record: record.starts[0]["time"] if record.starts else "~")
 
 
