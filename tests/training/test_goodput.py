@@ -10,8 +10,11 @@ from processes import environment, send_at, start, wait, write_config
 
 import vlm
 from vlm.paths import as_path
+from vlm.training import watchdog
 from vlm.training.goodput import FILE, PURPOSES, TimeTally
+from vlm.training.goodput_log import GoodputLog
 from vlm.training.history import read_rows
+from vlm.training.watchdog import STEP, ActivityTimer
 
 
 def rows_of(run) -> list[dict]:
@@ -20,7 +23,9 @@ def rows_of(run) -> list[dict]:
 
 def test_work_after_the_step_that_a_run_returns_to_is_lost():
     rows = [
-        {"step": 0, "start": 10.0},
+        {"step": 0, "began": "then"},
+        {"step": 0, "start": 4.0},
+        {"step": 0, "start": 6.0},
         {"step": 20, "compute": 4.0, "data": 1.0},
         {"step": 40, "compute": 4.0, "checkpoint": 0.5},
         {"step": 55, "compute": 3.0},  # killed here
@@ -61,6 +66,30 @@ def test_all_time_of_a_run_has_a_purpose(tiny, tmp_path):
         assert sum(shares) == pytest.approx(1.0)
         assert metrics["memory/host"] > 2**20
     assert rows_of(result)[-1] == {"step": 12, "end": "finished"}
+
+
+def test_time_is_recorded_while_a_step_lasts(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "STALL_WARNING", 0.2)  # so that the watchdog looks often
+    folder = as_path(tmp_path)
+
+    def grows(seen: int) -> list[dict]:
+        while len(rows_of(folder)) < seen + 3:
+            time.sleep(0.02)
+        return rows_of(folder)
+
+    with ActivityTimer() as timed, GoodputLog(folder, folder, timed, 0) as log:
+        rows = grows(0)  # before the first step
+        assert all("start" in row for row in rows[1:])
+        log.record(0, force=True)
+        with timed(STEP):
+            rows = grows(len(rows) + 1)
+        assert rows[-1]["compute"] > 0
+        seconds = time.monotonic() - timed.began
+    assert "end" in rows_of(folder)[-1]
+    tally = TimeTally(rows_of(folder))
+    assert tally.starts == 1
+    assert sum(tally.seconds.values()) == pytest.approx(seconds, rel=0.2)
+    assert min(tally.seconds.values()) >= 0
 
 
 @pytest.mark.untyped

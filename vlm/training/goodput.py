@@ -1,8 +1,8 @@
 """Goodput of a run: shares of its time by purpose, over all of its starts.
 
-`goodput.jsonl` of the run folder grows over all starts. A line has the seconds of each purpose
-since the line before, and the step at its end. If a later line has an earlier step, the run went
-back to it: the work after that step is lost.
+`goodput.jsonl` of the run folder grows over all starts. The first line of each has `began`. Other
+lines have the seconds of each purpose since the line before, and the step at its end. If a later
+line has an earlier step, the run went back to it: the work after that step is lost.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,8 +42,9 @@ class TimeTally:
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a line: the work of earlier lines of later steps is lost.
 
-        A line without times is ignored.
+        A line without times only counts if it begins a start.
         """
+        self.starts += "began" in row
         seconds = {name: row[name] for name in PURPOSES if name in row}
         if not seconds:
             return
@@ -52,7 +53,6 @@ class TimeTally:
                 if name != "start":
                     self.seconds[name] -= value
                     self.seconds["lost"] += value
-        self.starts += "start" in row
         for name, value in seconds.items():
             self.seconds[name] += value
         self._kept.append((row["step"], seconds))

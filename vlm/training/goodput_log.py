@@ -1,7 +1,9 @@
 """Time of this process in `goodput.jsonl` of the run folder."""
 
+import contextlib
 import datetime
 import json
+import threading
 import time
 from typing import IO, Any
 
@@ -9,11 +11,12 @@ import jax
 from etils import epath
 
 from vlm.errors import VlmError, first_line
+from vlm.paths import replace_text
 from vlm.training.goodput import FILE, TimeTally
 from vlm.training.history import read_rows
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
-_OF_ACTIVITY = {
+_PURPOSE_OF = {
     STEP: "compute",
     DEVICE: "compute",
     DATA: "data",
@@ -29,8 +32,10 @@ _MOST, _PART = 30.0, 0.05
 class GoodputLog:
     """Appends the time of this process to the file of the run; only process 0 writes.
 
-    As a context, it appends the rest of the time at its end, and how the run ended: "finished",
-    "stopped" before its last step, or "failed" with an `error`. A killed process has no such line.
+    As a context, it also appends lines while a step or another activity lasts, from the thread of
+    `activity`. So the file grows while the process lives. At its end it appends the rest of the
+    time, and how the run ended: "finished", "stopped" before its last step, or "failed" with an
+    `error`. A killed process has no such line.
 
     Args:
         folder: run folder, whose lines so far are read.
@@ -41,29 +46,38 @@ class GoodputLog:
     def __init__(self, folder: epath.Path, local: epath.Path, activity: ActivityTimer, step: int):
         self._activity, self._at = activity, activity.began
         self._end: dict[str, str] = {"end": "stopped"}
-        self._first: int | None = step  # until the first step is done
+        self._step, self._starting = step, True  # until the first step is done
         self._last = self._spent()
+        self._recording = threading.Lock()
         self.tally = TimeTally()
         self._file: IO[str] | None = None
         if jax.process_index() == 0:
             rows = read_rows(folder / FILE)
             self.tally = TimeTally(rows)
-            self._file = (local / FILE).open("w")
             began = {"step": step, "began": datetime.datetime.now(datetime.UTC).isoformat()}
-            self._file.writelines(json.dumps(row) + "\n" for row in [*rows, began])
-            self._file.flush()
+            self.tally.add(began)
+            file = local / FILE
+            replace_text(file, "".join(json.dumps(row) + "\n" for row in [*rows, began]))
+            self._file = file.open("a")
 
     def __enter__(self) -> "GoodputLog":
+        self._activity.heartbeat = self._beat
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception):
             kind_of = "" if isinstance(error, VlmError) else f"{kind.__name__}: "
             self._end = {"end": "failed", "error": kind_of + first_line(error)}
+        self._activity.heartbeat = None
         self.record(self._activity.step, force=True)
+        with self._recording:
+            self._close()
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.write(json.dumps({"step": self._activity.step, **self._end}) + "\n")
             self._file.close()
+            self._file = None
 
     def finish(self) -> None:
         """Note that the run is finished."""
@@ -72,13 +86,24 @@ class GoodputLog:
     def record(self, step: int, force: bool = False) -> None:
         """Append a line for the time up to now, in which the run came to `step`.
 
-        Without `force`, it is only appended if the last line is long ago.
+        The first one ends the start of the run. Without `force`, it is only appended if the last
+        line is long ago.
         """
+        with self._recording:
+            if self._add(step, force):
+                self._step, self._starting = step, False
+
+    def _beat(self) -> None:
+        """Append a line for the time up to now, if the last line is long ago, in any thread."""
+        with self._recording, contextlib.suppress(OSError):  # `record` raises it, too
+            self._add(self._step, False)
+
+    def _add(self, step: int, force: bool) -> bool:
         now, spent = time.monotonic(), self._spent()
         if not force and now - self._at < min(_MOST, _PART * (now - self._activity.began)):
-            return
-        if self._first is not None:
-            step, self._first, row = self._first, None, {"start": now - self._activity.began}
+            return False
+        if self._starting:
+            step, row = self._step, {"start": now - self._at}
         else:
             row = {name: spent[name] - self._last[name] for name in spent}
             row["other"] = max(0.0, now - self._at - sum(row.values()))
@@ -89,13 +114,14 @@ class GoodputLog:
             self.tally.add(row)
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+        return True
 
     def row(self) -> dict[str, float]:
         """Return the share of each purpose so far, for a row of the log."""
         return {f"goodput/{name}": share for name, share in self.tally.shares().items()}
 
     def _spent(self) -> dict[str, float]:
-        spent = dict.fromkeys(_OF_ACTIVITY.values(), 0.0)
-        for activity, purpose in _OF_ACTIVITY.items():
+        spent = dict.fromkeys(_PURPOSE_OF.values(), 0.0)
+        for activity, purpose in _PURPOSE_OF.items():
             spent[purpose] += self._activity.spent(activity)
         return spent

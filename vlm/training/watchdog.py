@@ -4,7 +4,7 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -25,31 +25,37 @@ class ActivityTimer:
 
     `seconds` has the total time of each activity. As a context, it is a watchdog: if an activity
     lasts longer than `VLM_STALL_WARNING` seconds, process 0 logs the activity, the step and what
-    the other processes are doing; then again after twice the time, and so on.
+    the other processes are doing; then again after twice the time, and so on. Its thread also
+    calls `heartbeat` each second.
     """
+
+    heartbeat: Callable[[], None] | None = None
 
     def __init__(self):
         self.seconds: collections.Counter[str] = collections.Counter()
         self.began = time.monotonic()
         self.step = 0
         self._now, self._since = "", self.began
-        self._over = threading.Event()
+        self._over, self._changing = threading.Event(), threading.Lock()
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
         outer, began = self._now, time.monotonic()
-        self._now, self._since = activity, began
+        with self._changing:
+            self._now, self._since = activity, began
         try:
             yield
         finally:
             now = time.monotonic()
-            self.seconds[activity] += now - began
-            self._now, self._since = outer, now
+            with self._changing:
+                self.seconds[activity] += now - began
+                self._now, self._since = outer, now
 
     def spent(self, activity: str) -> float:
         """Return the total seconds of an activity, with those since it began if it goes on."""
-        now, since = self._now, self._since
-        return self.seconds[activity] + (time.monotonic() - since if now == activity else 0.0)
+        with self._changing:
+            going_on = time.monotonic() - self._since if self._now == activity else 0.0
+            return self.seconds[activity] + going_on
 
     def __enter__(self) -> "ActivityTimer":
         threading.Thread(target=self._watch, name="vlm-activity", daemon=True).start()
@@ -68,6 +74,8 @@ class ActivityTimer:
         since, limit = self._since, STALL_WARNING
         while not self._over.wait(min(1.0, STALL_WARNING / 4)):
             watch.set_activity(f"{self._activity} at step {self.step}")
+            if (heartbeat := self.heartbeat) is not None:
+                heartbeat()
             if self._since != since:
                 since, limit = self._since, STALL_WARNING
             elif time.monotonic() - since > limit:
