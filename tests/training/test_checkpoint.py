@@ -8,6 +8,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import multihost_utils
 
 from vlm.errors import CheckpointError
 from vlm.paths import as_path
@@ -36,6 +37,14 @@ def test_checkpoints_are_kept_by_number_and_by_the_hour(tmp_path):
     assert write(tmp_path / "a", [1, 2, 3, 4], keep=2) == [3, 4]
     assert write(tmp_path / "b", [1, 2, 3, 4], keep=2, keep_hours=1.0) == [1, 3, 4]
     assert write(tmp_path / "c", [1, 2, 3, 4], keep=1, keep_hours=1e-9) == [1, 2, 3, 4]
+
+
+def test_orbax_does_not_ask_for_a_preemption(tmp_path, monkeypatch):
+    """The training loop asks, for steps that only rise."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    assert write(tmp_path / "run", [1, 2], keep=2) == [1, 2]
+    assert not asked
 
 
 @pytest.fixture
@@ -84,3 +93,17 @@ def test_an_error_in_the_computation_is_not_reported_as_a_disk_error(three, monk
     monkeypatch.setattr(three._manager, "save", save)
     with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"):
         three.save(40, STATE, {})
+
+
+def test_processes_that_see_other_checkpoints_delete_none(three, monkeypatch):
+    monkeypatch.setattr(checkpoint, "exchange_texts", lambda mine: [mine, "[20]"])
+    with pytest.raises(CheckpointError, match=r"\[20, 30\] of .* are to be deleted, and .*\[20\]"):
+        three.delete([20, 30])
+    assert three.steps() == [10, 20, 30]
+
+
+def test_checkpoints_are_deleted_as_they_are_on_the_disk(three):
+    """As after a process of its own clock has kept another one by the hour."""
+    shutil.rmtree(three.folder / "20")
+    three.delete([20, 30])
+    assert three.steps() == [10]

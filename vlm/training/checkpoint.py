@@ -37,6 +37,17 @@ _CORRUPT = ("NOT_FOUND", "OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "IN
 _SHARED_FROM = 2**20
 
 
+class _Manager(ocp.CheckpointManager):
+    """Manager that does not ask JAX for a preemption.
+
+    Its answers would make the training loop miss one: JAX agrees on a step that all processes have
+    still to ask for, and steps of this manager are lower than those of the loop after a rollback.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """Checkpoints of one run; as a context manager, waits for the writer on exit.
 
@@ -68,9 +79,7 @@ class Checkpoints:
         for kind in (args.JsonSave, args.JsonRestore):
             handlers.add("data", kind)
         with as_config_error(f"the checkpoints in {folder} cannot be listed", "resume the run"):
-            self._manager = ocp.CheckpointManager(
-                on_disk(folder), options=options, handler_registry=handlers
-            )
+            self._manager = _Manager(on_disk(folder), options=options, handler_registry=handlers)
         self.folder = folder
         self.seconds: float | None = None  # duration of the last write
         self._writing: dict[str, Any] | None = None  # log row of the write in progress
@@ -99,8 +108,23 @@ class Checkpoints:
         return json.loads(broadcast_text(json.dumps(sorted(self._manager.all_steps()))))
 
     def delete(self, steps: list[int]) -> None:
-        """Delete the checkpoints of these steps, where they exist; all processes must call it."""
-        for step in sorted(set(steps) & set(self._manager.all_steps())):
+        """Delete the checkpoints of these steps, where they exist; all processes must call it.
+
+        Raises:
+            CheckpointError: the processes do not see the same checkpoints.
+        """
+        self.wait()
+        self._manager.reload()  # each process has judged by its own clock what is kept by the hour
+        found = sorted(set(steps) & set(self._manager.all_steps()))
+        lists = exchange_texts(json.dumps(found))
+        for process, other in enumerate(lists):
+            if other != lists[0]:  # each would wait for the others to delete the same ones
+                raise CheckpointError(
+                    f"the checkpoints {lists[0]} of {self.folder} are to be deleted, and "
+                    f"{process_name(process)} sees {other}: check that all hosts share the run "
+                    "folder, and resume the run"
+                )
+        for step in found:
             self._manager.delete(step)
         self._corrupt = [step for step in self._corrupt if step not in steps]
 
@@ -118,8 +142,8 @@ class Checkpoints:
         Raises:
             CheckpointError: this or the previous write failed, for example on a full disk.
         """
-        while self._corrupt:  # Orbax refuses to write before a newer step, even a corrupt one
-            self._manager.delete(self._corrupt.pop())
+        if self._corrupt:  # Orbax refuses to write before a newer step, even a corrupt one
+            self.delete(self._corrupt)
         if step in self._manager.all_steps():
             return
         arguments = args.Composite(state=args.PyTreeSave(state), data=args.JsonSave(data_state))
