@@ -203,8 +203,39 @@ def test_a_monitor_continues_from_its_state():
 
 def test_steps_are_compared_with_those_of_the_same_image_size():
     monitor = monitor_of(window=16, in_a_row=2)
-    monitor.set_phase(lambda step: 8 if step <= 50 else 16)
+    monitor.set_phase(lambda step: "8" if step <= 50 else "16")
     assert not feed(monitor, [1.0] * 50 + [5.0] * 50)
+
+
+def test_each_batch_size_has_its_own_window():
+    """The loss of a larger batch is higher; a spike of the smaller one is below it."""
+    rng = np.random.default_rng(0)
+    losses = np.where(np.arange(200) % 4, 2.0, 5.0) + 0.01 * rng.standard_normal(200)
+    losses[160:] += 1
+    monitor = monitor_of(window=16, in_a_row=2)
+    monitor.set_phase(lambda step: "256" if (step - 1) % 4 == 0 else "64")
+    assert feed(monitor, losses) == [162]
+    again = monitor_of(window=16, in_a_row=2)
+    again.restore(json.loads(json.dumps(monitor.state())))
+    assert again.state() == monitor.state()
+
+
+def test_a_state_of_other_settings_leaves_only_the_budget():
+    config = DivergenceConfig(action="roll_back", window=16, in_a_row=2)
+    monitor = DivergenceMonitor(config, "batch_size 8")
+    monitor.rollbacks, monitor.skipped = 2, 30
+    for step, loss in enumerate([1.0] * 16 + [9.0] * 2, 1):
+        monitor.add(step, loss, 1.0, True)
+    assert monitor.diverged
+    saved = json.loads(json.dumps(monitor.state()))
+    other = DivergenceMonitor(config, "batch_size 16")
+    other.restore(saved)
+    assert (other.diverged, other.first, other.rollbacks, other.skipped) == (None, None, 2, 30)
+    assert not feed(other, [5.0] * 16)
+    warns = DivergenceMonitor(DivergenceConfig(window=16, in_a_row=2), "batch_size 8")
+    warns.restore(saved)
+    assert warns.diverged is None
+    assert feed(warns, [9.0] * 2) == [2]
 
 
 def test_a_rollback_needs_two_checkpoints(bad, tmp_path):
@@ -354,3 +385,32 @@ def test_a_rollback_to_the_begin_of_a_phase_begins_it_again(bad, tmp_path):
     train(bad(run, phases=(phase,), checkpoint_every=1.0))
     assert [row["to"] for row in rollbacks(run)] == [10]
     assert batches(run) == [*range(10), *range(35, 85)]
+
+
+@pytest.mark.untyped
+def test_a_resumed_run_with_another_loss_does_not_diverge(bad, tmp_path):
+    run = tmp_path / "run"
+    config = DivergenceConfig(window=16, in_a_row=3)
+    experiment = bad(run, losses={"sigmoid": 1.0}, steps=30, divergence=config)
+    with vlm.steps(experiment) as loop:
+        for state, _ in loop:
+            if int(state.step) == 20:
+                break
+    other = dataclasses.replace(experiment, losses={"sigmoid": 100.0})
+    train(other, resume=run)
+    assert min(losses(run)[20:]) > 10 * max(losses(run)[:20])
+    assert not (run / "alarm.txt").exists()
+
+
+@pytest.mark.untyped
+def test_an_unchanged_run_is_compared_with_the_steps_before_its_resume(bad, tmp_path):
+    run = tmp_path / "run"
+    with vlm.steps(bad(run)) as loop:
+        for state, _ in loop:
+            if int(state.step) == 24:
+                break
+    train(resume=run)
+    (row,) = rollbacks(run)
+    assert (row["to"], row["left"]) == (24, 35)
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if "start/seconds" in row] == [1, 25]

@@ -1,6 +1,8 @@
 """Changes of a resumed run: every change is accepted that keeps its checkpoints valid."""
 
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -37,6 +39,12 @@ def check_changes(before: Experiment, after: Experiment) -> dict[str, list[Any]]
 def without_length(experiment: Experiment) -> Experiment:
     """Return the experiment without its length, so that another kind of length can be set."""
     return dataclasses.replace(experiment, **dict.fromkeys(LENGTHS))
+
+
+def settings_digest(experiment: Experiment) -> str:
+    """Return a digest of all settings but those of `divergence`, which change no loss."""
+    fields = to_dict(experiment) | {"divergence": None}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def flat_fields(experiment: Experiment) -> dict[str, Any]:

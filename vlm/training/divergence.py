@@ -1,6 +1,8 @@
 """Detection of a diverging run: outliers by robust statistics of the last steps.
 
-All processes see the same losses and gradient norms, so all of them come to the same result.
+Losses and gradient norms are replicated outputs of one program, so all processes find the same
+outliers, without communication. JAX does not guarantee this for hosts with different CPUs, whose
+rounding may differ: neither do the parameters of such a run stay equal on its hosts.
 """
 
 import collections
@@ -19,9 +21,15 @@ _MAD = 1.4826
 # and a difference of the logarithm of the gradient norm.
 _LEAST_LOSS, _LEAST_LOG_NORM = 0.01, 0.1
 
+Values = collections.deque[float]
+
 
 class DivergenceMonitor:
-    """Compares each step with the last steps that were no outliers.
+    """Compares each step with the last steps of the same kind that were no outliers.
+
+    Args:
+        settings: everything else that the loss depends on, as text. Steps of a state with other
+            settings are not compared.
 
     Attributes:
         first: number of the first outlier of those in a row; None if the last step was none.
@@ -29,29 +37,27 @@ class DivergenceMonitor:
         rollbacks, skipped: number of rollbacks of the run, and of batches that they skipped.
     """
 
-    def __init__(self, config: DivergenceConfig):
-        self.config = config
-        self.set_phase(lambda step: 0)
+    def __init__(self, config: DivergenceConfig, settings: str = ""):
+        self.config, self._settings = config, settings
+        self.set_phase(lambda step: "")
         self.restore({})
 
-    def set_phase(self, image_size_of: Callable[[int], int]) -> None:
-        """Set how the next steps are compared: with steps of the same image size."""
-        self._size_of = image_size_of
+    def set_phase(self, kind_of: Callable[[int], str]) -> None:
+        """Set the function that returns the kind of a step: its image size and batch size."""
+        self._kind_of = kind_of
 
     def add(self, step: int, loss: float, grad_norm: float, finite: bool) -> None:
         """Take the values of a step, in the order of the steps."""
         if self.config.action == "off" or self.diverged is not None:
             return
-        if self._size_of(step) != self._size:
-            self.clear()
-            self._size = self._size_of(step)
-        full = len(self._losses) == self.config.window
-        why = self._reason(loss, grad_norm, finite) if full else ""
+        losses, log_norms = self._window(self._kind_of(step))
+        full = len(losses) == self.config.window
+        why = self._reason(losses, log_norms, loss, grad_norm, finite) if full else ""
         if not why:
             self.first, self._count = None, 0
             if finite:
-                self._losses.append(loss)
-                self._log_norms.append(_log(grad_norm))
+                losses.append(loss)
+                log_norms.append(_log(grad_norm))
             return
         self._count += 1
         if self.first is None:
@@ -64,15 +70,16 @@ class DivergenceMonitor:
 
     def clear(self) -> None:
         """Compare the next steps with none before them, as after a change of the phase."""
-        counts = {"rollbacks": self.rollbacks, "skipped": self.skipped}
-        self.restore({"size": self._size, **counts})
+        self._windows: dict[str, tuple[Values, Values]] = {}
+        self.first: int | None = None
+        self._count: int = 0
+        self.diverged: str | None = None
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint: JSON values, equal in all processes."""
         return {
-            "losses": list(self._losses),
-            "log_norms": list(self._log_norms),
-            "size": self._size,
+            "settings": self._settings,
+            "windows": {k: [list(v) for v in values] for k, values in self._windows.items()},
             "first": self.first,
             "count": self._count,
             "diverged": self.diverged,
@@ -81,26 +88,40 @@ class DivergenceMonitor:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`; from an empty one as at the start of a run."""
-        window = self.config.window
-        self._losses = collections.deque[float](state.get("losses", ()), window)
-        self._log_norms = collections.deque[float](state.get("log_norms", ()), window)
-        self._size: int | None = state.get("size")
-        self.first: int | None = state.get("first")
-        self._count: int = state.get("count", 0)
-        self.diverged: str | None = state.get("diverged")
+        """Continue from a `state`; from an empty one as at the start of a run.
+
+        Of a state with other settings only the numbers of rollbacks and skipped batches remain. A
+        divergence remains if it is to be rolled back.
+        """
+        self.clear()
         self.rollbacks = state.get("rollbacks", 0)
         self.skipped = state.get("skipped", 0)
+        if state.get("settings") != self._settings:
+            return
+        for kind, saved in state["windows"].items():
+            for values, old in zip(self._window(kind), saved, strict=True):
+                values.extend(old)
+        if self.config.action == "roll_back":
+            self.first, self._count = state["first"], state["count"]
+            self.diverged = state["diverged"]
 
-    def _reason(self, loss: float, grad_norm: float, finite: bool) -> str:
+    def _window(self, kind: str) -> tuple[Values, Values]:
+        """Losses and logarithms of the gradient norms of the last steps of a kind."""
+        window = self.config.window
+        new = collections.deque[float](maxlen=window), collections.deque[float](maxlen=window)
+        return self._windows.setdefault(kind, new)
+
+    def _reason(
+        self, losses: Values, log_norms: Values, loss: float, grad_norm: float, finite: bool
+    ) -> str:
         """Describe how a step is an outlier; an empty string if it is none."""
         if not finite:
             return "the loss or its gradient is not finite"
         times, before = self.config.threshold, f"of {self.config.window} steps before"
-        median, deviation = _robust(self._losses)
+        median, deviation = _robust(losses)
         if loss > median + times * max(deviation, _LEAST_LOSS * abs(median)):
             return f"loss {loss:.4g}, median {median:.4g} {before}"
-        log_median, deviation = _robust(self._log_norms)
+        log_median, deviation = _robust(log_norms)
         high = _log(grad_norm) > log_median + times * max(deviation, _LEAST_LOG_NORM)
         if high and loss > median:
             return f"gradient norm {grad_norm:.4g}, median {math.exp(log_median):.4g} {before}"

@@ -12,12 +12,13 @@ from vlm.callbacks import Divergence, in_notebook
 from vlm.callbacks.tensorboard import EventWriter
 from vlm.chips import published_rate
 from vlm.config import Experiment, in_phase
-from vlm.config.batch_sizes import at_size, batch_sizes
+from vlm.config.batch_sizes import BatchSize, at_size, batch_sizes
 from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.faults import BadSamples
 from vlm.display import clock
 from vlm.errors import TrainingError
 from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
+from vlm.paths import replace_text
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.console import console, log, output_may_close
 from vlm.training.divergence import DivergenceMonitor
@@ -54,7 +55,7 @@ class Logs:
         self._goodput = goodput
         self._run, self._sync, self._monitor = run, sync, monitor
         self._every, self._skipped = run.experiment.log_every, 0  # steps in a row
-        self._first, self._total = first_step, total_steps
+        self._started, self._total = False, total_steps
         self._peak = published_rate(jax.devices())
         self._in_flight: list[tuple[int, dict[str, jax.Array]]] = []
         self._done: list[tuple[int, dict[str, jax.Array]]] = []  # for the next row
@@ -127,7 +128,8 @@ class Logs:
                 many consecutive steps were skipped.
         """
         self._in_flight.append((step, metrics))
-        if step == self._first + 1:
+        if not self._started:
+            self._started = True
             jax.block_until_ready(metrics)
             self._write_start(step)
         self._take_done(2)  # keep the host at most two steps ahead of the device
@@ -141,6 +143,10 @@ class Logs:
         self._take_done(0)
         if self._done:
             self._write_row()
+
+    def batch_size(self, step: int) -> BatchSize:
+        """Return the size of the global batch of step number `step`, counted from 1."""
+        return self._schedule.at(step - 1)
 
     def _take_done(self, ahead: int) -> None:
         """Wait until at most `ahead` steps are in flight, and write the scheduled rows."""
@@ -191,9 +197,9 @@ class Logs:
     def _open(self, rows: list[dict[str, Any]], step: int) -> None:
         """Open the files to go on after `step`, with only the rows up to it."""
         rows = [row for row in rows if row["step"] <= step]
-        self._file = (self._sync.local / self._run.log.name).open("w")
-        self._file.writelines(to_json(row) + "\n" for row in rows)
-        self._file.flush()
+        file = self._sync.local / self._run.log.name
+        replace_text(file, "".join(to_json(row) + "\n" for row in rows))
+        self._file = file.open("a")
         phases = range(len(self._run.experiment.phases) + 1)
         if any(in_phase(self._run.experiment, number).selection for number in phases):
             self._counts = ExampleCounts(self._experiment, rows, step)
@@ -216,7 +222,7 @@ class Logs:
         steps, metrics = zip(*self._done, strict=True)
         values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(metrics)]
         count, self._done = len(steps), []
-        sizes = [self._schedule.at(step - 1) for step in steps]
+        sizes = [self.batch_size(step) for step in steps]
         now = time.perf_counter()
         seconds = now - self._since
         row = {

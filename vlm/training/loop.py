@@ -16,6 +16,7 @@ from vlm.data.sources import require_source, with_own_splits
 from vlm.errors import ConfigError, TrainingError, brief
 from vlm.paths import keep_compiled_programs
 from vlm.training.bucket_sync import BucketSync
+from vlm.training.changes import settings_digest
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.console import as_text, log
 from vlm.training.custom_parts import (
@@ -219,7 +220,7 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
             interrupted = stack.enter_context(Interrupted())
             with run.starting():
                 callbacks.start(bucket_sync, step, total, interrupted.request)
-            monitor = DivergenceMonitor(experiment.divergence)
+            monitor = DivergenceMonitor(experiment.divergence, settings_digest(experiment))
             rolls_back = experiment.divergence.action == "roll_back"
             goodput = GoodputLog(run.folder, bucket_sync.local, timed, step)
             outer.enter_context(goodput)
@@ -237,13 +238,15 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
             stack.enter_context(logs)
             profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
 
-            def size_after(steps: int) -> int:
-                return image_size_at(phases.experiment, steps - 1, total)
+            def kind_of(step: int) -> str:
+                """Return what the losses that a step may be compared with have in common."""
+                size = image_size_at(phases.experiment, step - 1, total)
+                return f"{size} pixels, {logs.batch_size(step)}"
 
             def log_phase() -> None:
                 supervision, samples = phases.trainer.supervision, phases.batches.bad
                 logs.set_phase(phases.experiment, step, supervision, samples, phases.log_row())
-                monitor.set_phase(size_after)
+                monitor.set_phase(kind_of)
 
             def save() -> None:
                 logs.flush()

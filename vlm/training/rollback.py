@@ -20,7 +20,7 @@ from vlm.training.divergence import DivergenceMonitor
 from vlm.training.run import Run
 
 # Fields of the state of the data that stay those of the checkpoint.
-_OF_CHECKPOINT = ("step", "samples", "bad")
+_KEPT_FIELDS = ("step", "samples", "bad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Rollback:
 
 def data_after(data_state: dict[str, Any]) -> dict[str, Any]:
     """Return the position of a state of the data, to add to the state of an earlier step."""
-    return {name: value for name, value in data_state.items() if name not in _OF_CHECKPOINT}
+    return {name: value for name, value in data_state.items() if name not in _KEPT_FIELDS}
 
 
 def plan_rollback(
