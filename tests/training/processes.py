@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from quick import QUICK
@@ -30,7 +31,7 @@ def write_config(experiment: Experiment, file: Path) -> Path:
     return file
 
 
-def start(arguments: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
+def start(arguments: Sequence[str | Path], env: dict[str, str], log: Path) -> subprocess.Popen:
     """Start `vlm train ARGUMENTS` in the background, with its output in `log`."""
     with log.open("w") as file:
         command = [sys.executable, "-m", "vlm", "train", *map(str, arguments)]

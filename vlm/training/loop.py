@@ -269,7 +269,9 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                     logs.write({"step": step} | {f"eval/{k}": v for k, v in metrics.items()})
                 logs.restart_clock()
 
-            def roll_back() -> TrainState:
+            def roll_back() -> None:
+                nonlocal state, step, unsaved, checkpoint_schedule
+                timed.step = step
                 goodput.record(step, force=True)
                 with timed("rolling back"):
                     checkpoints.wait()
@@ -286,7 +288,14 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                     write_rollback(run, plan)
                     for array in jax.tree.leaves(state):  # make room for that of the checkpoint
                         array.delete()
-                    return phases.start(checkpoints, length, total)
+                    state = phases.start(checkpoints, length, total)
+                timed.step = step = int(state.step)
+                unsaved = False
+                logs.roll_back(step)
+                goodput.record(step, force=True)
+                log_phase()
+                monitor.restore(phases.divergence)
+                checkpoint_schedule = CheckpointSchedule(experiment, step, total)
 
             closed = unsaved = False
             log_phase()
@@ -296,15 +305,7 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
             # Steps of the sync point of all processes may only rise.
             while (step < total or monitor.diverged) and not interrupted.at(step + monitor.skipped):
                 if monitor.diverged:
-                    timed.step = step
-                    state = roll_back()
-                    timed.step = step = int(state.step)
-                    unsaved = False
-                    logs.roll_back(step)
-                    goodput.record(step, force=True)
-                    log_phase()
-                    monitor.restore(phases.divergence)
-                    checkpoint_schedule = CheckpointSchedule(experiment, step, total)
+                    roll_back()
                     continue
                 while phases.begins_next(step):
                     logs.flush()
