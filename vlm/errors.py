@@ -9,6 +9,9 @@ WARNED: set[str] = set()  # messages that `warn_once` has logged
 class VlmError(Exception):
     """Base class of all errors that the user can fix; the CLI prints them without a traceback.
 
+    Attributes:
+        retriable: whether the same command may succeed later, as after an outage of the storage.
+
     Example:
         >>> try:
         ...     vlm.load("no/such/folder/at/all")
@@ -16,6 +19,8 @@ class VlmError(Exception):
         ...     print(type(error).__name__)
         CheckpointError
     """
+
+    retriable = False
 
 
 class ConfigError(VlmError):

@@ -5,6 +5,7 @@ A remote path is `gs://...` or `s3://...`.
 
 import codecs
 import contextlib
+import errno
 import functools
 import importlib.util
 import os
@@ -26,6 +27,7 @@ DRIVERS = {
 
 
 STALL = 60.0  # seconds without a byte, after which a request to a bucket fails
+LISTING_AGE = 5.0  # seconds that a listing of a bucket is cached; fsspec would keep it without end
 
 
 def cache_dir() -> epath.Path:
@@ -61,8 +63,8 @@ def as_path(path: epath.PathLike) -> epath.Path:
     driver, package = DRIVERS.get(scheme, (None, None)) if remote else (None, None)
     if driver is not None and importlib.util.find_spec(driver) is None:
         raise ConfigError(f"{scheme}:// paths need {driver}: run pip install {package!r}")
-    if driver == "gcsfs":
-        _set_deadline()
+    if driver is not None:
+        _configure_clients()
     try:
         return epath.Path(path).expanduser()
     except KeyError:  # epath does not support the scheme
@@ -84,13 +86,20 @@ def gcs_timeout() -> Any:
 
 
 @functools.cache
-def _set_deadline() -> None:
-    """Give requests to gs:// a deadline, unless fsspec is configured to have another."""
+def _configure_clients() -> None:
+    """Give requests to gs:// a deadline, and listings an age, unless fsspec has others."""
     import fsspec.config
 
     conf = fsspec.config.conf
-    if not any("requests_timeout" in conf.get(name, {}) for name in ("gs", "gcs")):
-        conf.setdefault("gs", {})["requests_timeout"] = gcs_timeout()
+
+    def set_default(names: tuple[str, ...], option: str, value: Any) -> None:
+        if not any(option in conf.get(name, {}) for name in names):
+            conf.setdefault(names[0], {})[option] = value
+
+    if importlib.util.find_spec("gcsfs") is not None:
+        set_default(("gs", "gcs"), "requests_timeout", gcs_timeout())
+    for names in (("gs", "gcs"), ("s3", "s3a"), ("az", "abfs")):
+        set_default(names, "listings_expiry_time", LISTING_AGE)
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -103,8 +112,9 @@ def on_disk(path: epath.PathLike) -> epath.Path:
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
 
 
-def replace_text(file: epath.Path, text: str) -> None:
+def replace_text(file: epath.PathLike, text: str) -> None:
     """Write a file that readers find either as before or complete, even if the writer is killed."""
+    file = epath.Path(file)
     if is_remote(file):  # objects of a bucket are replaced as a whole
         file.write_text(text)
     else:
@@ -155,7 +165,9 @@ def as_config_error(what: str, fix: str) -> Iterator[None]:
         why = storage_error_reason(error)
         if why is None:
             raise
-        raise ConfigError(f"{what} ({why}): {fix}") from error
+        failure = ConfigError(f"{what} ({why}): {fix}")
+        failure.retriable = is_outage(error)
+        raise failure from error
 
 
 # Substrings of bucket clients' messages, and the reason to report. The first match counts.
@@ -187,6 +199,20 @@ def storage_error_reason(error: Exception) -> str | None:
         if any(sign in message.lower() for sign in signs):
             return meaning
     return message[:300]
+
+
+_OUTAGES = {"EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED",
+            "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO"}  # fmt: skip
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether a disk or bucket operation failed for a reason that may pass by itself."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return errno.errorcode.get(error.errno) in _OUTAGES
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError):
+        return False
+    reason = storage_error_reason(error)
+    return reason is not None and reason not in _MEANINGS.values()
 
 
 def keep_compiled_programs() -> None:

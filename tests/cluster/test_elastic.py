@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 from etils import epath
 
-from vlm.cluster import watch
+from vlm.cluster import elastic, watch
 from vlm.cluster.elastic import Group, Hosts, Supervisor
 from vlm.errors import ConfigError
 
@@ -67,9 +68,7 @@ def test_those_who_remain_are_a_group_after_the_timeout(tmp_path, capsys):
     group = hosts[1].newest_group()
     assert group is not None
     assert group.hosts == [0, 1]
-    assert (
-        "going on with 2 processes of 4, and 1 to spare: batch_size 16" in capsys.readouterr().err
-    )
+    assert "going on with 2 processes of 4, 1 idle: batch_size 16" in capsys.readouterr().err
 
 
 def test_too_few_hosts_are_an_error_with_the_reason(tmp_path):
@@ -94,24 +93,25 @@ def test_a_silent_or_restarted_host_is_lost(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("codes", "stopping", "outcome"),
+    ("codes", "outcome"),
     [
-        ((0, 0), False, 0),  # the run has ended
-        ((0, 0), True, None),  # it was stopped to start again
-        ((-9, 75), False, None),
-        ((-9, 1), False, None),  # an error that follows from a death
-        ((1, 75), False, None),
-        ((1, 1), False, 1),  # an error for the user to fix
-        ((0, 2), False, 2),
+        ((0, 0), 0),  # the run has ended
+        ((76, 76), None),  # a signal stopped it before its last step
+        ((0, 76), None),
+        ((-9, 75), None),
+        ((-9, 1), None),  # an error that follows from a death
+        ((1, 75), None),
+        ((1, 1), 1),  # an error for the user to fix
+        ((1, 76), 1),
+        ((0, 2), 2),
     ],
 )
-def test_what_follows_from_the_exit_codes_of_a_group(tmp_path, codes, stopping, outcome):
+def test_what_follows_from_the_exit_codes_of_a_group(tmp_path, codes, outcome):
     hosts = hosts_in(tmp_path, 2)
     group = Group(3, {i: host.session for i, host in enumerate(hosts)}, "", ())
-    stop = {"stopping": 3} if stopping else {}
     for _ in range(2):
         for host, code in zip(hosts, codes, strict=True):
-            host.beat(group=3, code=code, **stop)
+            host.beat(group=3, code=code)
     assert [supervisor(host)._outcome(group) for host in hosts] == [outcome, outcome]
     newest = hosts[0].newest_group()
     assert (newest is not None and newest.finished) == (outcome == 0)
@@ -126,6 +126,101 @@ def test_a_host_that_trains_again_has_ended_before(tmp_path):
     assert supervisor(hosts[1])._outcome(group) is None
 
 
+def ended(hosts: list[Hosts], number: int, *codes: int, **changes: str) -> list[int]:
+    """Let the training of some hosts end; return the hosts that the first one sees waiting."""
+    sessions = {host.host: host.session for host in hosts}
+    hosts[0].write_group(Group(number, sessions, "", ("config",)))
+    for _ in range(2):
+        for host, code in zip(hosts, codes, strict=True):
+            host.beat(group=number, code=code)
+    hosts[-1].beat(**changes)
+    hosts[0].beat()
+    return hosts[0].alive("waiting")
+
+
+def test_after_a_planned_stop_the_absent_are_not_waited_for(tmp_path):
+    """One host leaves on SIGTERM, or one comes back: the group is formed at once."""
+    hosts = hosts_in(tmp_path, 4)
+    waiting = ended(hosts, 3, 76, 76, 76, 76, state="left")
+    assert waiting == [0, 1, 2]
+    supervisor(hosts[0])._form(4, waiting, waited=0.0)
+    group = hosts[0].newest_group()
+    assert group is not None
+    assert (group.number, group.hosts) == (4, [0, 1, 2])
+    waiting = ended(hosts[1:3], 4, 76, 76)
+    hosts[0].beat()
+    supervisor(hosts[0])._form(5, waiting, waited=0.0)
+    group = hosts[0].newest_group()
+    assert group is not None
+    assert (group.number, group.hosts) == (5, [0, 1, 2])
+
+
+def test_the_dead_and_new_supervisors_are_waited_for(tmp_path, monkeypatch):
+    hosts = hosts_in(tmp_path, 3)
+    waiting = ended(hosts, 3, 0, 0, 0)  # the run has ended
+    supervisor(hosts[0])._form(4, waiting, waited=0.0)
+    waiting = ended(hosts, 3, 75, 75, -9)
+    Hosts(hosts[2].folder, 2).beat(state="waiting")  # it was started again
+    hosts[0].beat()
+    supervisor(hosts[0])._form(4, waiting, waited=0.0)
+    hosts[2].beat()
+    hosts[0].beat()
+    supervisor(hosts[0])._form(4, [0, 1], waited=0.0)  # without host 2, which is dead
+    group = hosts[0].newest_group()
+    assert group is not None
+    assert group.number == 3
+    supervisor(hosts[0])._form(4, [0, 1, 2], waited=0.0)
+    assert (group := hosts[0].newest_group()) is not None
+    assert group.number == 4
+
+
+def test_the_time_of_an_outage_of_the_folder_counts_for_no_host(tmp_path, monkeypatch, capsys):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(elastic, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(watch, "HEARTBEAT_TIMEOUT", 30.0)
+    folder = tmp_path / "elastic"
+    folder.mkdir()
+    hosts = hosts_in(folder, 2)
+    group = Group(0, {i: host.session for i, host in enumerate(hosts)}, "", ())
+    folder.rename(tmp_path / "away")
+    clock.now += 31
+    hosts[0].beat(code=3)  # an error would end its training
+    hosts[0].beat()
+    assert capsys.readouterr().err.count("cannot be used now (No such file or directory)") == 1
+    assert hosts[0].lost(group) == []
+    with pytest.raises(
+        ConfigError, match=r"could not be used for 31 s \(No such file.*start again"
+    ):
+        hosts[0].check()
+    (tmp_path / "away").rename(folder)
+    hosts[0].beat()
+    hosts[0].check()
+    assert hosts[0].lost(group) == []
+    hosts[1].beat()
+    assert hosts[1].records[0]["code"] == 3
+    for _ in range(31):  # the folder works, and host 1 is silent
+        clock.now += 1
+        hosts[0].beat()
+    assert hosts[0].lost(group) == [1]
+
+
+def test_why_a_run_does_not_fit_is_found_once_for_a_start(tmp_path):
+    asked = []
+
+    def problem(count: int) -> str:
+        asked.append(count)
+        return "no"
+
+    hosts = hosts_in(tmp_path, 4)
+    lead = supervisor(hosts[0], problem, fewest=3)
+    group = Group(0, {i: host.session for i, host in enumerate(hosts[:2])}, "", ())
+    assert not any(lead._can_grow(group) for _ in range(5))
+    assert asked == [4, 3]
+    lead._joined = 1
+    lead._can_grow(group)
+    assert asked == [4, 3, 4, 3]
+
+
 SUPERVISOR = """
 import sys
 from etils import epath
@@ -138,7 +233,7 @@ sys.exit(elastic.Supervisor(
     lambda: len(list(folder.glob("pid-*"))),
 ).run())
 """
-# Runs until the file `end` is there, or one process of its start has had a SIGTERM.
+# Runs until the file `end` is there, or one process of its start has had a SIGTERM (exit code 76).
 TRAINING = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -149,6 +244,7 @@ name = f"pid-{os.environ['JAX_PROCESS_ID']}-of-{os.environ['JAX_NUM_PROCESSES']}
 (folder / f".{name}").rename(folder / name)
 while not (folder / "end").exists() and not stop.exists():
     time.sleep(0.05)
+sys.exit(0 if (folder / "end").exists() else 76)
 """
 
 
@@ -183,6 +279,8 @@ def test_supervisors_restart_shrink_and_grow(tmp_path):
     try:
         pids = started(tmp_path, 3, seen)
         os.kill(pids[0], signal.SIGKILL)  # the coordinator process
+        pids = started(tmp_path, 3, seen)
+        os.kill(pids[1], signal.SIGTERM)  # not by its supervisor
         pids = started(tmp_path, 3, seen)
         supervisors[0].kill()  # its host
         supervisors[0].communicate()

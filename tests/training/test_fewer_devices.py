@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from processes import environment, losses, send_at, start, wait, write_config
 
-from vlm.config import MeshConfig
+from vlm.config import MeshConfig, PreprocessConfig
 from vlm.errors import ShardingError
 from vlm.training.fewer_devices import devices_before, fitted, problem_of
 
@@ -36,6 +36,19 @@ def test_the_micro_batch_keeps_the_memory_of_a_device(tiny, batch, micro, before
     assert (e.batch_size, e.micro_batch_size) == (batch, expected)
     if expected is not None:
         assert expected / now <= (micro or batch) / before
+
+
+def test_a_micro_batch_that_another_field_excludes_is_not_chosen(tiny):
+    """Here halves and quarters, since a batch at the sequence length 13 has 1,425 pairs."""
+    e = tiny(
+        batch_size=1200,
+        sequence_lengths=(13, 16),
+        vision={"max_patches": 16},
+        preprocess=PreprocessConfig(
+            image_size=16, resize="naflex", patch_size=4, kernel="bilinear", max_patches=16
+        ),
+    )
+    assert fitted(e, 5, 3).micro_batch_size == 240
 
 
 def test_the_data_axis_shrinks_and_grows(tiny):

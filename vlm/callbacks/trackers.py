@@ -21,7 +21,7 @@ from vlm._version import __version__
 from vlm.callbacks.base import Callback, Divergence, RunInfo
 from vlm.callbacks.wandb_files import offline_rows
 from vlm.errors import ConfigError
-from vlm.evaluation.results_folder import write_atomically
+from vlm.paths import replace_text
 
 # Changes of these fields in a resumed run change its metrics.
 _DECIDE_METRICS = ("optimizer", "steps", "epochs", "examples", "seconds", "evals", "code")
@@ -76,7 +76,7 @@ class SentRows:
         self.id = id
         self._file.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"id": id, "version": self._version}, *kept]
-        write_atomically(self._file, "\n".join(map(json.dumps, lines)))
+        replace_text(self._file, "\n".join(map(json.dumps, lines)))
         return lost
 
     def __contains__(self, row: Mapping[str, float]) -> bool:

@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from vlm.cli.parse import UsageError
 from vlm.errors import CheckpointError, VlmError
-from vlm.paths import as_path, is_run
+from vlm.paths import as_path, is_run, replace_text
 
 HOSTS = ("127.0.0.1", "localhost")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -54,9 +54,7 @@ def runs(
         return _serve(runs, port)
     records = find_runs(runs)
     if out:
-        from vlm.evaluation.results_folder import write_atomically
-
-        write_atomically(out, run_page.page(records, _now()))
+        replace_text(out, run_page.page(records, _now()))
     headings, rows = run_page.table(records)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run", overflow="fold", min_width=12)

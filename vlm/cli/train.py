@@ -301,7 +301,7 @@ def _train(
     """Train or resume; without a config, `given` are the options, and the data fills in others."""
     import jax
 
-    from vlm.cluster import processes
+    from vlm.cluster import processes, watch
 
     processes.start(**hosts)
     from vlm.training.loop import train
@@ -315,6 +315,8 @@ def _train(
         experiment = filled.experiment
         for line in filled.lines():
             log.info(line)
-    folder = train(experiment, resume=resume)
+    result = train(experiment, resume=resume)
     if jax.process_index() == 0:
-        print(os.fspath(folder))
+        print(os.fspath(result))
+    if watch.is_supervised() and not result.finished:
+        raise SystemExit(watch.STOPPED)

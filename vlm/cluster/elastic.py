@@ -17,14 +17,15 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
 from vlm.cluster import watch
-from vlm.errors import ConfigError
-from vlm.paths import as_config_error, replace_text
+from vlm.errors import ConfigError, VlmError
+from vlm.paths import replace_text, storage_error_reason
 
+T = TypeVar("T")
 PERIOD = 1.0  # seconds between two records of a host
 KILL_DELAY = 5.0  # seconds that a process has to report the death of another, before it is killed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -49,33 +50,78 @@ class Hosts:
     """Records of all hosts in a shared folder, of which this host writes its own.
 
     A host is alive if its record has changed within the heartbeat timeout. Only intervals of this
-    host's clock are compared.
+    host's clock are compared, and only time counts in which this host could use the folder.
+
+    Attributes:
+        own: the record of this host.
+        records: the newest record of each host.
+        newest: the group that was formed last.
     """
 
     def __init__(self, folder: epath.Path, host: int):
         self.folder, self.host, self.session = folder, host, uuid.uuid4().hex
         self.own: dict[str, Any] = {"session": self.session, "beat": 0}
         self.records: dict[int, dict[str, Any]] = {}
+        self.newest: Group | None = None
         self._changed: dict[int, float] = {}  # time of each record's last change; none before it
+        self._exchanged = time.monotonic()  # time of the last exchange of records
+        self._failure = ""  # of the folder, that was logged last
 
     def beat(self, **changes: Any) -> None:
-        """Write the record of this host, and read those of the others."""
+        """Write the record of this host, and read those of the others and the newest group.
+
+        A failure of the folder is logged; then the records stay as they are.
+        """
         self.own |= changes | {"beat": self.own["beat"] + 1}
-        _write(self.folder / f"host-{self.host}.json", self.own)
-        for path in self.folder.glob("host-*.json"):
-            host, record = int(path.stem.removeprefix("host-")), _read(path)
+        self.attempt(None, self._exchange)
+
+    def attempt(self, default: T, action: Callable[..., T], *arguments: Any) -> T:
+        """Return the result of an action; if the folder fails, log that and return `default`."""
+        try:
+            return action(*arguments)
+        except Exception as error:  # bucket clients have their own exception types
+            cause = error.__cause__ if isinstance(error, VlmError) else error
+            reason = storage_error_reason(cause) if isinstance(cause, Exception) else None
+            if reason is None:
+                raise
+            if reason != self._failure:
+                self._failure = reason
+                _log(f"{self.folder} cannot be used now ({reason}): trying again")
+            return default
+
+    def check(self) -> None:
+        """Raise a ConfigError if the folder has failed for longer than the heartbeat timeout."""
+        seconds = time.monotonic() - self._exchanged
+        if self._failure and seconds > watch.HEARTBEAT_TIMEOUT:
+            raise ConfigError(
+                f"{self.folder} could not be used for {seconds:.0f} s ({self._failure}): make it "
+                "readable and writable, and start again"
+            )
+
+    def _exchange(self) -> None:
+        replace_text(self.folder / f"host-{self.host}.json", json.dumps(self.own))
+        paths = self.folder.glob("host-*.json")
+        found = {int(path.stem.removeprefix("host-")): _read(path) for path in paths}
+        self.newest = self.newest_group()
+        now = time.monotonic()
+        outage = now - self._exchanged
+        if outage > watch.HEARTBEAT_TIMEOUT / 2:  # the other hosts may have had it too
+            self._changed = {host: when + outage for host, when in self._changed.items()}
+            self._failure = ""
+        self._exchanged = now
+        for host, record in found.items():
             before = self.records.get(host)
             if record is None or record == before:
                 continue
             if before is not None:
-                self._changed[host] = time.monotonic()
+                self._changed[host] = now
             self.records[host] = record
         self.records[self.host] = self.own
-        self._changed[self.host] = time.monotonic()
+        self._changed[self.host] = now
 
     def alive(self, state: str) -> list[int]:
         """Return the hosts in a state: "waiting" or "running"."""
-        limit = time.monotonic() - watch.HEARTBEAT_TIMEOUT
+        limit = self._exchanged - watch.HEARTBEAT_TIMEOUT
         hosts = (host for host, when in self._changed.items() if when > limit)
         return sorted(host for host in hosts if self.records[host].get("state") == state)
 
@@ -88,6 +134,10 @@ class Hosts:
             return watch.RETRY
         return record.get("code") if record["group"] == group.number else None
 
+    def results(self, group: Group) -> list[int | None]:
+        """Return `result` of each host of a group."""
+        return [self.result(group, host) for host in group.hosts]
+
     def lost(self, group: Group) -> list[int]:
         """Return the hosts of a group that died: without a record, or with another session."""
         alive = {*self.alive("waiting"), *self.alive("running")}
@@ -99,7 +149,7 @@ class Hosts:
         ]
 
     def newest_group(self) -> Group | None:
-        """Return the group that was formed last."""
+        """Read the group that was formed last."""
         paths = self.folder.glob("group-*.json")
         numbers = sorted((int(path.stem.removeprefix("group-")) for path in paths), reverse=True)
         for number in numbers:
@@ -110,7 +160,8 @@ class Hosts:
         return None
 
     def write_group(self, group: Group) -> None:
-        _write(self.folder / f"group-{group.number}.json", dataclasses.asdict(group))
+        text = json.dumps(dataclasses.asdict(group))
+        replace_text(self.folder / f"group-{group.number}.json", text)
 
 
 @dataclasses.dataclass
@@ -141,21 +192,25 @@ class Supervisor:
     progress: Callable[[], Any]
     _joined: int = -1  # number of the last group of this host
     _signal: int | None = None  # that asked this host to leave
+    # why the run cannot train on a number of hosts, for each start and number
+    _problems: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
 
     def run(self) -> int:
         """Train until the run ends or cannot go on; return the exit code.
 
         Raises:
-            ConfigError: too few hosts came, or the run failed too often.
+            ConfigError: too few hosts came, the run failed too often, or the shared folder cannot
+                be used.
         """
-        restarts, progress = 0, self.progress()
+        restarts, progress = 0, self.hosts.attempt(None, self.progress)
         with self._forwarded_signals():
             while (group := self._join()) is not None:
                 self._train(group)
                 code = self._outcome(group)
                 if code is not None:
                     return code
-                restarts, progress, before = restarts + 1, self.progress(), progress
+                before, progress = progress, self.hosts.attempt(progress, self.progress)
+                restarts += 1
                 restarts = restarts if progress == before else 1
                 if restarts > self.max_restarts:
                     raise ConfigError(
@@ -166,11 +221,12 @@ class Supervisor:
 
     def _join(self) -> Group | None:
         """Wait until this host is in a new group; None if it leaves, or the run has ended."""
-        began, there = time.monotonic(), 0
+        began, joined = time.monotonic(), 0
         hosts, address = self.hosts, f"{self.address}:{_free_port()}"
         while self._signal is None:
             hosts.beat(state="waiting", address=address)
-            group = hosts.newest_group()
+            hosts.check()
+            group = hosts.newest
             if group and group.finished and group.command == self.arguments:
                 _log(f"the run has ended; to start it again, delete {hosts.folder}")
                 return None
@@ -181,57 +237,82 @@ class Supervisor:
             running, waiting = hosts.alive("running"), hosts.alive("waiting")
             if running:
                 began = time.monotonic()
-            elif hosts.host == waiting[0]:
-                if len(waiting) != there < self.most:
-                    there = len(waiting)
-                    _log(f"{there} of {self.most} processes are there")
-                self._form(number + 1, waiting, time.monotonic() - began)
+            elif waiting[:1] == [hosts.host]:
+                if len(waiting) != joined < self.most:
+                    joined = len(waiting)
+                    _log(f"{joined} of {self.most} processes joined")
+                waited = time.monotonic() - began
+                hosts.attempt(None, self._form, number + 1, waiting, waited)
             time.sleep(PERIOD)
         hosts.beat(state="left")
         return None
 
     def _form(self, number: int, waiting: list[int], waited: float) -> None:
-        """Form a group, if all hosts are there or the time to wait for them is over."""
+        """Form a group, if all hosts have joined or the time to wait for them is over.
+
+        It is formed at once if all hosts of the last group wait for a restart, except those that
+        left: the remaining hosts were absent before.
+        """
         if len(waiting) < self.most:
-            if waited < self.rejoin_timeout:
+            late = waited >= self.rejoin_timeout
+            count = self._largest(len(waiting)) if late or self._all_back(waiting) else None
+            if count is None and not late:
                 return
-            count = self._largest(len(waiting))
             if count is None:
-                reasons = [self.problem(n) for n in range(len(waiting), self.fewest - 1, -1)]
+                reasons = [self._problem(n) for n in range(len(waiting), self.fewest - 1, -1)]
                 why = reasons[0] if reasons else f"the run needs at least {self.fewest}"
                 raise ConfigError(
                     f"{_count(len(waiting))} came in {self.rejoin_timeout:.0f} s "
                     f"(--rejoin-timeout), and {why}: start the others again"
                 )
-            spare = len(waiting) - count
+            idle = len(waiting) - count
             _log(
                 f"going on with {_count(count)} of {self.most}"
-                + (f", and {spare} to spare: {self.problem(count + 1)}" if spare else "")
+                + (f", {idle} idle: {self._problem(count + 1)}" if idle else "")
             )
             waiting = waiting[:count]
         sessions = {host: self.hosts.records[host]["session"] for host in waiting[: self.most]}
         coordinator = self.hosts.records[waiting[0]]["address"]
         self.hosts.write_group(Group(number, sessions, coordinator, self.arguments))
 
+    def _all_back(self, waiting: list[int]) -> bool:
+        """Whether the hosts of the last group wait for a restart of it, except those that left."""
+        hosts, group = self.hosts, self.hosts.newest
+        if group is None or not _ask_for_restart(codes := hosts.results(group)) or None in codes:
+            return False
+        remaining = [h for h in group.hosts if hosts.records[h]["state"] != "left"]
+        return bool(remaining) and set(remaining) <= set(waiting)
+
     def _largest(self, count: int) -> int | None:
         """Return the largest number of hosts, up to `count`, that the run can train on."""
         counts = range(min(count, self.most), self.fewest - 1, -1)
-        return next((n for n in counts if not self.problem(n)), None)
+        return next((n for n in counts if not self._problem(n)), None)
+
+    def _problem(self, count: int) -> str:
+        """Return `problem(count)`, which reads files, from a cache that is valid for a start."""
+        key = self._joined, count
+        if key not in self._problems:
+            self._problems[key] = self.problem(count)
+        return self._problems[key]
 
     def _train(self, group: Group) -> None:
         """Run the training process of this host until it ends, or a host of the group is lost."""
-        hosts, lost_since, asked = self.hosts, None, False
+        hosts, lost_since, stop_sent = self.hosts, None, False
         hosts.beat(state="running", group=group.number, code=None)
-        process = _start(self.command(), group, hosts.host)
+        while not (command := hosts.attempt([], self.command)):
+            time.sleep(PERIOD)
+            hosts.beat()
+            hosts.check()
+        process = _start(command, group, hosts.host)
         try:
             while process.poll() is None:
                 time.sleep(PERIOD)
                 hosts.beat()
-                if self._signal is not None and not asked:
-                    asked = True
-                    hosts.beat(stopping=group.number)
+                if self._signal is not None and not stop_sent:
+                    stop_sent = True
                     process.send_signal(signal.SIGTERM)
-                ended = [host for host in group.hosts if hosts.result(group, host)]
+                results = zip(group.hosts, hosts.results(group), strict=True)
+                ended = [host for host, code in results if code not in (None, 0, watch.STOPPED)]
                 lost = hosts.lost(group) + ended
                 if not lost:
                     lost_since = None
@@ -240,18 +321,20 @@ class Supervisor:
                 elif time.monotonic() - lost_since > KILL_DELAY:
                     _log(f"process {lost[0]} is lost: stopping that of this host")
                     break
-                newest = hosts.newest_group()
+                newest = hosts.newest
                 if newest and newest.number >= group.number and newest != group:
                     break  # the others took this host for lost
-                if not lost and not asked and self._can_grow(group):
-                    asked = True
-                    _log("more processes are there: saving a checkpoint, and starting with them")
-                    hosts.beat(stopping=group.number)
+                if lost or stop_sent:
+                    continue
+                if hosts.attempt(False, self._can_grow, group):
+                    stop_sent = True
+                    _log("more processes joined: saving a checkpoint, and starting with them")
                     process.send_signal(signal.SIGTERM)
         finally:
             process.kill()
             process.wait()
-        hosts.beat(state="waiting", code=process.returncode)
+        state = "waiting" if self._signal is None else "left"
+        hosts.beat(state=state, code=process.returncode)
 
     def _can_grow(self, group: Group) -> bool:
         """Whether this host leads a group that could be larger."""
@@ -264,24 +347,22 @@ class Supervisor:
     def _outcome(self, group: Group) -> int | None:
         """Return the exit code once all hosts of a group have ended; None to train again."""
         hosts = self.hosts
-        while any(hosts.result(group, host) is None for host in group.hosts):
-            if set(hosts.lost(group)) >= {h for h in group.hosts if hosts.result(group, h) is None}:
+        while missing := {host for host in group.hosts if hosts.result(group, host) is None}:
+            if missing <= set(hosts.lost(group)):
                 break
             time.sleep(PERIOD)
             hosts.beat()
-        codes = [hosts.result(group, host) for host in group.hosts]
+            hosts.check()
+        codes = hosts.results(group)
         if self._signal is not None:
             hosts.beat(state="left")
             return 0
-        if any(code is None or code < 0 or code == watch.RETRY for code in codes):
+        if _ask_for_restart(codes):
             return None
-        if any(codes):
-            return max(filter(None, codes))
-        records = (hosts.records.get(host, {}) for host in group.hosts)
-        if any(record.get("stopping") == group.number for record in records):
-            return None
-        hosts.write_group(dataclasses.replace(group, finished=True))
-        return 0
+        code = max((c or 0 for c in codes if c != watch.STOPPED), default=0)
+        if code == 0:  # the last step is done
+            hosts.attempt(None, hosts.write_group, dataclasses.replace(group, finished=True))
+        return code
 
     @contextlib.contextmanager
     def _forwarded_signals(self) -> Iterator[None]:
@@ -321,6 +402,7 @@ def _start(command: list[str], group: Group, host: int) -> subprocess.Popen:
         "JAX_COORDINATOR_ADDRESS": group.coordinator,
         "JAX_NUM_PROCESSES": str(len(group.hosts)),
         "JAX_PROCESS_ID": str(number),
+        watch.SUPERVISED: "1",
     }
     libc = ctypes.CDLL(None)  # loaded here: the forked process must not allocate much
     pr_set_pdeathsig = 1
@@ -338,15 +420,21 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _write(file: epath.Path, content: dict[str, Any]) -> None:
-    with as_config_error(f"{file} cannot be written", "make it writable, and start again"):
-        replace_text(file, json.dumps(content))
-
-
 def _read(file: epath.Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         return json.loads(file.read_text())
     return None
+
+
+def _ask_for_restart(codes: list[int | None]) -> bool:
+    """Whether training goes on after it ended with these exit codes; None is of a dead host.
+
+    A host that died, or that a signal killed, explains the errors of others. After a stop before
+    the last step, an error of another host is for the user to fix.
+    """
+    if any(code is None or code < 0 or code == watch.RETRY for code in codes):
+        return True
+    return watch.STOPPED in codes and set(codes) <= {0, watch.STOPPED}
 
 
 def _count(hosts: int) -> str:

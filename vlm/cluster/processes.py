@@ -72,6 +72,8 @@ def start(
         if late and given == (None, None, None):
             return
         fix = "start them before anything uses JAX" if late else "start all of them again"
+        if not late:
+            watch.exit_for_retry()
         raise ConfigError(
             f"the processes of the run did not all connect to {given[0]}: {fix} "
             f"({str(error).splitlines()[0]})"
@@ -133,6 +135,8 @@ def stop_all_on_failure() -> Iterator[None]:
             if not isinstance(error, VlmError) or "Gloo" in str(error):
                 time.sleep(watch.HEARTBEAT_TIMEOUT + 3 * watch.PERIOD)
             watch.stop_all(error)
+        elif watch.is_retriable(error):
+            watch.exit_for_retry()
         raise
 
 

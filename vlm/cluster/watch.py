@@ -23,6 +23,8 @@ HEARTBEAT_TIMEOUT = environment("VLM_HEARTBEAT_TIMEOUT", "VLM_PATIENCE", 30)
 _FAILURE, _ALIVE = "vlm/failure", "vlm/alive/"
 _RESUME = "; resume from the last checkpoint with `vlm train --resume RUN`"
 RETRY = 75  # exit code if the same command may succeed after a restart (EX_TEMPFAIL of sysexits.h)
+STOPPED = 76  # exit code under a supervisor if training stopped before its last step
+SUPERVISED = "VLM_SUPERVISED"  # environment variable of a training process with a supervisor
 # Acquired once, by the heartbeat thread or an exception: whichever reports the exit first.
 _exit_report = threading.Lock()
 _activity = ""  # what this process is doing; sent with each heartbeat
@@ -55,13 +57,29 @@ def stop_all(error: Exception) -> None:
     """Stop all processes; each prints what failed in this one."""
     if not _exit_report.acquire(blocking=False):
         threading.Event().wait()  # the heartbeat thread reports another failure and exits
-    fix = "" if isinstance(error, VlmError) else _RESUME  # a VlmError names its own fix
+    fix = _RESUME if is_retriable(error) else ""  # other errors name their own fix
     message = _stop_message(f"{name(jax.process_index())} failed: {error}", fix)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
         service().key_value_set(_FAILURE, message)
     _delay_exit_of_first()
     # JAX's own exit handler waits for processes that will never arrive.
     atexit.register(_exit, message)
+
+
+def is_supervised() -> bool:
+    """Whether a supervisor of an elastic run started this process."""
+    return SUPERVISED in os.environ
+
+
+def is_retriable(error: Exception) -> bool:
+    """Whether the same command may succeed after a restart, with no fix by the user."""
+    return not isinstance(error, VlmError) or error.retriable
+
+
+def exit_for_retry() -> None:
+    """Let this process end with the exit code for a restart, if a supervisor started it."""
+    if is_supervised():
+        atexit.register(_exit, _RESUME)
 
 
 def set_activity(activity: str) -> None:

@@ -21,6 +21,7 @@ from vlm.errors import CheckpointError, VlmError
 from vlm.evaluation.evidence import Samples, read_samples, write_samples
 from vlm.evaluation.runner import Report, Result
 from vlm.evaluation.tasks import RetrievalTask, Task, ZeroShotTask
+from vlm.paths import replace_text
 
 RESULTS = "results.json"
 SHOWN = 12  # of the most confident correct answers, and of the wrong ones
@@ -45,15 +46,7 @@ def write_result(folder: str | os.PathLike, result: Result) -> None:
     if result.samples is not None:
         write_samples(folder / f"{file_name(result.task)}.parquet", result.samples)
     text = to_json(clip_benchmark_fields(result), indent=2, ensure_ascii=False)
-    write_atomically(folder / f"{file_name(result.task)}.json", text)
-
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write a text file, local or remote, so that no reader sees a part of it."""
-    target = epath.Path(path)
-    partial = target.parent / f"{target.name}.partial"
-    partial.write_text(text)
-    partial.replace(target)
+    replace_text(folder / f"{file_name(result.task)}.json", text)
 
 
 def write_gallery(folder: str | os.PathLike, result: Result, task: Task) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 from vlm._html import render
 from vlm.evaluation.charts import confusion_chart, reliability_chart
 from vlm.evaluation.comparison import Comparison, columns
-from vlm.evaluation.results_folder import SHOWN, Gallery, best_and_worst, write_atomically
+from vlm.evaluation.results_folder import SHOWN, Gallery, best_and_worst
 from vlm.evaluation.runner import Report, Result
+from vlm.paths import replace_text
 
 METRIC_NAMES = {
     "top1": "Top-1 accuracy",
@@ -66,7 +67,7 @@ def write_page(
         tasks=tasks,
         evidence=[(f"{r.provenance.model}, {r.task}", _evidence(r)) for r in results],
     )
-    write_atomically(path, html)
+    replace_text(path, html)
 
 
 def results_table(report: Report) -> str:

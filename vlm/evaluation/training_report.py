@@ -15,11 +15,11 @@ from vlm.display import data_uri
 from vlm.errors import DataError
 from vlm.evaluation.charts import Line, curve, line_chart, percent
 from vlm.evaluation.intervals import Metric
-from vlm.evaluation.results_folder import write_atomically
 from vlm.evaluation.results_page import METRIC_NAMES, footnotes, results_table
 from vlm.evaluation.runner import Report
 from vlm.heads.top_k import top_k
 from vlm.heads.zero_shot import to_scores
+from vlm.paths import replace_text
 
 SHOTS, GUESSES = 24, 5  # held-out images shown, and captions under each
 QUERIES, ANSWERS = 8, 6  # texts shown, and images under each
@@ -110,7 +110,7 @@ def write_report(
         queries=_queries(images, captions, target, z_image, z_captions),
         config=json.dumps(config, indent=2, default=str, ensure_ascii=False),
     )
-    write_atomically(path, html)
+    replace_text(path, html)
     return path
 
 

@@ -22,7 +22,7 @@ from orbax.checkpoint.type_handlers import ArrayHandler, create_type_handler_reg
 
 from vlm.cluster.processes import broadcast_text, exchange_texts, process_name
 from vlm.errors import CheckpointError, VlmError
-from vlm.paths import as_config_error, on_disk, storage_error_reason
+from vlm.paths import as_config_error, is_outage, on_disk, storage_error_reason
 from vlm.sharding import path_names
 from vlm.training.console import log
 
@@ -215,11 +215,13 @@ class Checkpoints:
                 return restored
             for where, reason, corrupt in filter(None, problems):
                 if not corrupt:
-                    raise CheckpointError(
+                    failure = CheckpointError(
                         f"checkpoint {step} of {self.folder} could not be read{where} ({reason}), "
                         "but may not be corrupt: nothing was changed; resume the run when it can "
                         "be read again"
                     )
+                    failure.retriable = True
+                    raise failure
                 last_error = reason
             log.warning("checkpoint %s of %s is corrupt and is skipped", step, self.folder)
             self._corrupt.append(step)
@@ -289,10 +291,12 @@ class Checkpoints:
             if self.newest is not None:
                 fallback = f"checkpoint {self.newest} is complete and kept"
             reason = storage_error_reason(error) or " ".join(str(error).split())[:300]
-            raise CheckpointError(
+            failure = CheckpointError(
                 f"a checkpoint could not be written to {self.folder} ({reason}); {fallback}: free "
                 "disk space and resume the run"
-            ) from error
+            )
+            failure.retriable = is_outage(error)
+            raise failure from error
 
 
 def _indicates_corruption(error: Exception) -> bool:

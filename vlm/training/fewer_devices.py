@@ -53,7 +53,10 @@ def fitted(experiment: Experiment, before: int, now: int) -> Experiment:
         micro = e.batch_size // parts
         if e.batch_size % parts or micro > rows * ways:
             continue
-        changed = dataclasses.replace(e, micro_batch_size=micro)
+        try:
+            changed = dataclasses.replace(e, micro_batch_size=micro)
+        except VlmError:  # of another field, such as sequence_lengths
+            continue
         if not _problem(changed, now):
             return e if micro == (e.micro_batch_size or e.batch_size) else changed
     return e
@@ -70,9 +73,9 @@ def problem_of(experiment: Experiment, rows: list[dict[str, Any]], processes: in
     now = _device_count(rows[-1]) // rows[-1]["processes"] * processes
     for number in range(len(experiment.phases) + 1):
         e = in_phase(experiment, number)
-        lanes = e.data.interleave
-        if lanes is not None and lanes % processes:
-            return f"data.interleave {lanes} does not divide over {processes} processes"
+        interleave = e.data.interleave
+        if interleave is not None and interleave % processes:
+            return f"data.interleave {interleave} does not divide over {processes} processes"
         try:
             if problem := _problem(fitted(e, before, now), now):
                 return problem

@@ -22,14 +22,8 @@ def read_rows(file: epath.Path) -> list[dict[str, Any]]:
 
 
 def read_history(folder: epath.Path) -> list[dict[str, Any]]:
-    """Return the rows of a run folder, oldest first; a truncated last row is left out."""
-    file, rows = folder / FILE, []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """Return the history of the run in a folder, oldest row first."""
+    return read_rows(folder / FILE)
 
 
 def history_text(rows: list[dict[str, Any]]) -> str:

@@ -13,8 +13,7 @@ import jax
 
 from vlm.cluster.processes import broadcast_text
 from vlm.errors import TrainingError
-from vlm.evaluation.results_folder import write_atomically
-from vlm.paths import as_config_error
+from vlm.paths import as_config_error, replace_text
 from vlm.training.checkpoint import Checkpoints
 from vlm.training.divergence import DivergenceMonitor
 from vlm.training.run import Run
@@ -127,7 +126,7 @@ def write_rollback(run: Run, rollback: Rollback) -> None:
     """Write the last rollback of a run."""
     if jax.process_index() == 0:
         with as_config_error(f"{run.rollback} cannot be written", "make it writable, and resume"):
-            write_atomically(run.rollback, json.dumps(dataclasses.asdict(rollback)))
+            replace_text(run.rollback, json.dumps(dataclasses.asdict(rollback)))
 
 
 def carry_out_rollback(run: Run, checkpoints: Checkpoints) -> Rollback | None:

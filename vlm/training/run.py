@@ -96,9 +96,14 @@ class Run:
         run.changes, run.before = check_changes(before, run.experiment), before
         check_same_everywhere(run.experiment, resumed=True)
         check_folder(folder)
-        if not any(name.startswith(CHOSEN) for name in run.changes):
-            run._devices = devices_before(run.starts())
+        run._devices = json.loads(broadcast_text(json.dumps(run._devices_before())))
         return run
+
+    def _devices_before(self) -> int | None:
+        """Return the number of devices that the config was chosen for; only process 0 reads it."""
+        if jax.process_index() != 0 or any(name.startswith(CHOSEN) for name in self.changes):
+            return None
+        return devices_before(self.starts())
 
     def for_devices(self, experiment: Experiment) -> Experiment:
         """Return an experiment of the run for the devices of this start, which may be fewer."""
@@ -156,8 +161,8 @@ class Run:
             "vlm": __version__,
             "jax": jax.__version__,
         }
-        before = self.history.read_text() if self.history.exists() else ""
-        self._write(self.history, before + json.dumps(row) + "\n")
+        rows = [*self.starts(), row]
+        self._write(self.history, "".join(json.dumps(row) + "\n" for row in rows))
 
     def record_base(self, model: str, fingerprint: str) -> None:
         """Record the base model of the run's adapter."""
