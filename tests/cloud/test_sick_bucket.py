@@ -91,3 +91,13 @@ def test_a_bucket_path_has_a_deadline(bucket):
     assert gcsfs.GCSFileSystem().requests_timeout.sock_read == paths.STALL
     system, _ = remote._system("gs://bucket/model", of_web=False)
     assert system.requests_timeout.sock_read == remote.STALL
+
+
+def test_new_files_of_other_processes_are_listed(bucket):
+    """A supervisor or `vlm runs --serve` waits for files that others write."""
+    folder = as_path("gs://bucket/checkpoints")
+    bucket.write("checkpoints/100/state", b"1")
+    assert [path.name for path in folder.iterdir()] == ["100"]
+    bucket.write("checkpoints/200/state", b"2")
+    time.sleep(paths.LISTING_AGE)
+    assert sorted(path.name for path in folder.iterdir()) == ["100", "200"]

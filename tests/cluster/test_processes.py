@@ -46,6 +46,34 @@ def test_alone_everything_is_itself():
         raise TrainingError("as it was")
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("RuntimeError('INTERNAL: a device failed')", 75),
+        ("vlm.TrainingError('for the user to fix')", 1),
+        ("OSError(5, 'Input/output error')", 75),
+        ("OSError(13, 'Permission denied')", 1),
+    ],
+)
+def test_a_supervisor_learns_from_one_process_whether_to_restart(error, code):
+    program = f"""
+import vlm
+from vlm.cluster import stop_all_on_failure
+from vlm.paths import as_config_error
+with stop_all_on_failure():
+    error = {error}
+    if not isinstance(error, OSError):
+        raise error
+    with as_config_error("the run folder cannot be read", "check it"):
+        raise error
+"""
+    env = os.environ | {watch.SUPERVISED: "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+
+
 def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

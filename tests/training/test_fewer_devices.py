@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from processes import environment, losses, send_at, start, wait, write_config
 
+from vlm.cluster import watch
 from vlm.config import MeshConfig, PreprocessConfig
 from vlm.errors import ShardingError
 from vlm.training.fewer_devices import devices_before, fitted, problem_of
@@ -93,9 +94,9 @@ def test_a_run_goes_on_with_three_of_four_devices(tiny, tmp_path):
     config, log = write_config(experiment, tmp_path / "config.json"), tmp_path / "log"
     whole, run = tmp_path / "whole", tmp_path / "run"
     wait(start([config, "--run-dir", whole], environment(4), log), log)
-    process = start([config, "--run-dir", run], environment(4), log)
+    process = start([config, "--run-dir", run], environment(4, **{watch.SUPERVISED: "1"}), log)
     send_at(signal.SIGTERM, 6, run, [process])
-    wait(process, log)
+    wait(process, log, watch.STOPPED)
     output = wait(start(["--resume", run], environment(3), log), log)
     assert "micro_batch_size is 6 on 3 devices; it is None on the 4 that" in output
     np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-5)

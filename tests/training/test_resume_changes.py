@@ -149,12 +149,18 @@ def test_a_vocabulary_may_move_and_not_change(stopped, tmp_path, tiny):
 
 
 @pytest.mark.slow
-def test_a_truncated_history_is_read_up_to_its_end(stopped, tmp_path):
+def test_a_truncated_row_of_the_history_hides_no_others(stopped, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     with (run / "history.jsonl").open("a") as file:
         file.write('{"time": "2026-')
-    assert len(Run.open(run).starts()) == 1
+    opened = Run.open(run)
+    assert len(opened.starts()) == 1
+    opened.record_start(1, 2)
+    assert [row["step"] for row in opened.starts()] == [0, 1]
+    with (run / "history.jsonl").open("a") as file:
+        file.write('{"time": "2026-\n' + json.dumps(opened.starts()[0]) + "\n")
+    assert len(opened.starts()) == 3
 
 
 @pytest.mark.slow
