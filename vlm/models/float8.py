@@ -4,7 +4,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from vlm.errors import ConfigError
 from vlm.models.adapters import linear_layers
@@ -34,7 +34,7 @@ def in_float8(model: Model) -> Model:
     return model
 
 
-def check_float8(mesh: Mesh) -> str:
+def check_float8(mesh: Mesh | AbstractMesh) -> str:
     """Return how the devices of a mesh compute float8, for a log.
 
     Raises:
