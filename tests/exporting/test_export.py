@@ -124,7 +124,9 @@ def test_every_kind_of_image_tower(name, tmp_path):
     assert found.differences["image"] < 5e-5
 
 
-@pytest.mark.parametrize("name", ["hf_chinese_clip", "oc_coca", "hf_naflex", "oc_modernbert"])
+@pytest.mark.parametrize(
+    "name", ["hf_chinese_clip", "oc_coca", "hf_naflex", "oc_modernbert", "hf_jina_v1", "hf_jina_v2"]
+)
 def test_every_kind_of_text_tower(name, tmp_path):
     found = export(load(GOLDEN / name), tmp_path / "o", "onnx", tower="text", batches=[1, 3])
     assert found.differences["text"] < 1e-5

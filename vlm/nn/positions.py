@@ -101,7 +101,7 @@ def rotate(x: Float[Array, "b n h d"], rotation: Rotation) -> Float[Array, "b n 
     sin, cos = (part[:, None] for part in rotation)
     wide = x.astype(jnp.float32)
     if sin.shape[-1] < x.shape[-1]:
-        first, second = jnp.split(wide, 2, axis=-1)
+        first, second = wide[..., : sin.shape[-1]], wide[..., sin.shape[-1] :]
         turned = [first * cos - second * sin, second * cos + first * sin]
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
     turned = jnp.stack([-wide[..., 1::2], wide[..., ::2]], axis=-1).reshape(x.shape)
