@@ -175,7 +175,11 @@ def check(
     expected = {layer.theirs: layer for layer in layers}
     filled = {layer.ours for layer in layers}
     missing = [name for name in expected if name not in tensors.shapes]
-    unused = [name for name in tensors.shapes if name not in expected and not ignored(name)]
+    unused = [
+        name
+        for name, shape in tensors.shapes.items()
+        if name not in expected and 0 not in shape and not ignored(name)
+    ]  # an array without elements, such as no registers, holds nothing
     different = [
         f"{name} {tensors.shapes[name]} (the model has {layer.their_shape})"
         for name, layer in expected.items()
