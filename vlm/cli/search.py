@@ -1,12 +1,11 @@
 """`vlm search`: search images by a text, another image or a video."""
 
 import contextlib
-import functools
 import hashlib
 import json as jsonlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,8 +97,8 @@ def search(
         hits = opened.like(_id(opened, query), k, **limits)
     else:
         limits |= {"min_score": min_score, "min_probability": min_probability}
-        asked = _combined(query, plus, minus, weight, functools.partial(_embedded, opened, index))
-        hits = opened.search(asked, k, **limits)
+        items = [_embedded(opened, index, item) for item in terms]
+        hits = opened.search(_combined(items, len(plus), weight), k, **limits)
     _print(hits, json, pictures)
     if open or copy or sheet:
         from vlm.cli import hit_files
@@ -115,29 +114,22 @@ def search(
     unreadable.finish()
 
 
-def _combined(
-    query: str,
-    plus: Sequence[str],
-    minus: Sequence[str],
-    weight: float,
-    item: Callable[[str], Any],
-) -> Any:
-    """Combine the query with the terms of --plus and --minus."""
-    first = item(query)
-    if not plus and not minus and weight == 1:
+def _combined(items: Sequence[Any], plus: int, weight: float) -> Any:
+    """Combine the query with the terms of --plus, which are `plus` of them, and of --minus."""
+    first, *others = items
+    if not others and weight == 1:
         return first
     from vlm.heads.query import Query
 
-    combined = sum((Query(item(text)) for text in plus), start=Query(first, weight))
-    return sum((-Query(item(text)) for text in minus), start=combined)
+    combined = sum(map(Query, others[:plus]), start=Query(first, weight))
+    return sum((-Query(item) for item in others[plus:]), start=combined)
 
 
-def _embedded(index: Any, folder: str, query: str) -> Any:
-    """Return a query as `RetrievalIndex.search` takes it: of a video, its embedding."""
+def _embedded(index: Any, folder: str, item: str | Path) -> Any:
+    """Return a term as `RetrievalIndex.search` takes it: of a video, its embedding."""
     from vlm.inputs.opening import SUFFIXES
     from vlm.inputs.videos import VIDEO_SUFFIXES
 
-    item = _query(query)
     if isinstance(item, str) or item.suffix.lower() not in VIDEO_SUFFIXES - SUFFIXES:
         return item
     return index.model.encode_video([item], frames=recorded_frames(Path(folder).expanduser()))[0]
