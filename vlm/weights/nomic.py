@@ -19,7 +19,6 @@ from vlm.config import (
     ModelConfig,
     NoTextConfig,
     NoVisionConfig,
-    PreprocessConfig,
     TextConfig,
     ViTConfig,
 )
@@ -36,7 +35,7 @@ from vlm.weights.checkpoint import (
 from vlm.weights.fields import boolean, choice, fields, number, with_defaults
 from vlm.weights.files import Tensors
 from vlm.weights.layers import block, fused, heads, linear, norm, out
-from vlm.weights.one_tower import SCALE, vision_checkpoint, with_scale
+from vlm.weights.one_tower import text_checkpoint, vision_checkpoint
 from vlm.weights.rules import Rule, Transform, leading
 from vlm.weights.vocabularies import huggingface_tokenizer
 
@@ -129,15 +128,13 @@ def open_checkpoint(folder: epath.Path, values: dict[str, Any], config: ModelCon
     tensors = with_zero_biases(tensors, rules, lambda name: any(part in name for part in off))
     if values.get("type_vocab_size") != 0:
         tensors = ComputedTensors(tensors, *with_segment(tensors, root, config.text_transformer))
-    return Checkpoint(
+    return text_checkpoint(
         folder.name,
         config,
-        PreprocessConfig(image_size=config.vision.image_size),
         tokenizer,
-        with_scale(tensors, config),
-        [SCALE, *rules],
+        tensors,
+        rules,
         lambda name: name.endswith((".inv_freq", ".position_ids")) or ".pooler." in f".{name}",
-        "bicubic",
     )
 
 

@@ -5,6 +5,7 @@ Such a model has no scale of logits: it gets the initial one of CLIP, which chan
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,30 @@ def vision_checkpoint(
         is_unused,
         positions,
         image_size=image_size,
+    )
+
+
+def text_checkpoint(
+    name: str,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tensors: Tensors,
+    rules: list[Rule],
+    ignored: Callable[[str], bool],
+    *,
+    context_length: int | None = None,
+) -> Checkpoint:
+    """Describe a text tower that is a model of its own."""
+    return Checkpoint(
+        name,
+        config,
+        PreprocessConfig(image_size=config.vision.image_size),
+        tokenizer,
+        with_scale(tensors, config),
+        [SCALE, *rules],
+        ignored,
+        "bicubic",
+        context_length=context_length,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from vlm.config import ModelConfig, NoVisionConfig, PreprocessConfig, TextConfig, TextPool
+from vlm.config import ModelConfig, NoVisionConfig, TextConfig, TextPool
 from vlm.errors import CheckpointError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights import huggingface, nomic, transformers_folders
@@ -22,7 +22,7 @@ from vlm.weights.fields import boolean, choice, fields, integer, read_json, read
 from vlm.weights.files import Tensors
 from vlm.weights.layers import block, linear, norm
 from vlm.weights.not_read import refuse_by_name
-from vlm.weights.one_tower import SCALE, with_scale
+from vlm.weights.one_tower import text_checkpoint
 from vlm.weights.rules import Rule
 from vlm.weights.text_encoders import bert_positions, bert_rules, first_position
 from vlm.weights.vision_text import TEXTS, bert_text
@@ -185,19 +185,14 @@ def _open_text(
     layers = linear("dense.linear", "text.projection", bias=projection == "linear_bias")
     tokenizer = huggingface_tokenizer(inner, config)
     tokenizer, length = _with_options(tokenizer, inner, text.context_length)
-    return Checkpoint(
+    rules = _distilled_rules() if distilled else bert_rules(_ROOT)
+    return text_checkpoint(
         folder.name,
         config,
-        PreprocessConfig(image_size=config.vision.image_size),
         tokenizer,
-        with_scale(tensors, config),
-        [
-            SCALE,
-            *(_distilled_rules() if distilled else bert_rules(_ROOT)),
-            *([] if dense is None else layers),
-        ],
+        tensors,
+        [*rules, *([] if dense is None else layers)],
         lambda name: name.startswith(f"{_ROOT}.pooler.") or name.endswith(".position_ids"),
-        "bicubic",
         context_length=length,
     )
 
