@@ -37,6 +37,7 @@ config = c.Experiment(
     preprocess=c.PreprocessConfig(image_size=64),
     tokenizer=c.TokenizerConfig(context_length=24),
     data=c.DataConfig(
+        source="openmoji",
         train_split="train+validation",
         augment=c.AugmentConfig(crop=(0.5, 1.0), jitter=0.3),
         cache=True,
