@@ -19,7 +19,6 @@ from vlm.sharding import (
     global_batch,
     make_mesh,
     parameter_spec,
-    per_data_shard,
     placement_rows,
     shardings,
 )
@@ -159,36 +158,3 @@ def test_a_mesh_that_would_shard_parameters_over_slices_is_refused(config):
     message = "2 slices are joined along data: make data a multiple of 2, and fsdp x tensor at most"
     with pytest.raises(ShardingError, match=message):
         make_mesh(config, torus(4, slices=2))
-
-
-def test_gradients_in_bfloat16_are_summed_over_data_in_float32():
-    mesh, random = make_mesh(MeshConfig()), np.random.default_rng(0)
-    params = {"kernel": jnp.asarray(random.normal(size=(64, 32)), jnp.float32)}
-    x, ct = (jnp.asarray(random.normal(size=(64, n)), jnp.float32) for n in (64, 32))
-
-    def tower(params, x):
-        return x.astype(jnp.bfloat16) @ params["kernel"].astype(jnp.bfloat16)
-
-    def error(apply):
-        """Largest error of a sum over `data`, relative to the mean size of a gradient."""
-
-        def loss(params, x, ct):
-            return (apply(params, x).astype(jnp.float32) * ct).sum()
-
-        rows = batch_sharding(mesh)
-        placed = [jax.device_put(a, rows) for a in (x, ct)]
-        got = jax.jit(jax.grad(loss))(params, *placed)["kernel"]
-        alone = jax.jit(jax.grad(lambda p, x, ct: (tower(p, x).astype(jnp.float32) * ct).sum()))
-        parts = [np.split(a, mesh.shape["data"]) for a in (x, ct)]
-        wanted = sum(
-            np.float64(alone(params, *part)["kernel"]) for part in zip(*parts, strict=True)
-        )
-        return np.abs(got - wanted).max() / np.abs(wanted).mean()
-
-    assert error(tower) > 3e-3  # by XLA's partitioner
-    assert error(per_data_shard(tower, mesh)) < 1e-6
-
-
-def test_towers_are_mapped_on_meshes_of_data_alone():
-    for config in (MeshConfig(data=1, fsdp=8), MeshConfig(data=4, fsdp=2)):
-        assert per_data_shard(len, make_mesh(config)) is len

@@ -7,13 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import linear_call
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 
 from vlm._deprecation import renamed
 from vlm.config import MeshConfig
@@ -21,7 +18,8 @@ from vlm.errors import ShardingError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch is sharded over both
-PER_DATA_SHARD = "per_data_shard"  # scope of the operations of towers, in the names of a program
+
+SUBLANES = 8  # rows of float32 in a vector register of a TPU
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -45,6 +43,10 @@ TENSOR_DIMENSION: dict[tuple[str, ...], int] = {
 
 __getattr__ = renamed(__name__, {"batch_share": "vlm.sharding.batch_shard"})
 
+# Devices of a TPU slice that share the optimizer's work and memory, if the mesh does not say. The
+# compiled step of a ViT-B/16 on 256 v5e chips takes 10% less by the compiler's estimate.
+DEFAULT_FSDP = 16
+
 # Smaller parameters are replicated: an all-gather would cost more than it saves.
 SMALLEST_SHARDED = 2**14  # elements
 
@@ -66,7 +68,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         slices: dict[int, list[Any]] = {}
         for device in devices:
             slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
-        data, fsdp, tensor = mesh_sizes(config, len(devices), len(slices))
+        data, fsdp, tensor = mesh_sizes(config, len(devices), len(slices), tpu=True)
         shape = (data // len(slices), fsdp, tensor)
         grid = np.concatenate(
             [
@@ -77,13 +79,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, int, int]:
-    """Return the sizes of a mesh over `devices` devices, with a size of -1 filled in.
+def mesh_sizes(
+    config: MeshConfig, devices: int, slices: int = 1, *, tpu: bool = False
+) -> tuple[int, int, int]:
+    """Return the sizes of a mesh over `devices` devices, with sizes of -1 and None filled in.
 
     Raises:
         ShardingError: they do not multiply to the devices, or `data` does not divide over slices.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
+    fsdp = config.fsdp
+    if fsdp is None:
+        shards_state = tpu and config.data == -1
+        fsdp = math.gcd(devices // slices // config.tensor, DEFAULT_FSDP) if shards_state else 1
+    sizes = [config.data, fsdp, config.tensor]
     wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, devices // math.prod(s for s in sizes if s != -1))
@@ -147,7 +155,7 @@ Rules = Sequence[tuple[str, str, tuple[str | None, ...]]]
 def parameter_spec(
     path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules = ()
 ) -> P:
-    """Return a parameter's spec: `tensor` by its name, `fsdp` on its largest free dimension.
+    """Return a parameter's spec: `tensor` by its name, `fsdp` on rows or the largest dimension.
 
     The first of `rules` that fits takes precedence.
 
@@ -165,7 +173,9 @@ def parameter_spec(
     first = 1 if is_stacked(path) else 0
     free = [d for d in range(first, len(shape)) if spec[d] is None and shape[d] % fsdp == 0]
     if free and fsdp > 1 and math.prod(shape) >= SMALLEST_SHARDED:
-        spec[max(free, key=lambda d: shape[d])] = "fsdp"
+        # Shards of the first dimension are gathered without a change of layout.
+        in_rows = first in free and shape[first] // fsdp % SUBLANES == 0
+        spec[first if in_rows else max(free, key=lambda d: shape[d])] = "fsdp"
     return P(*spec)
 
 
@@ -290,72 +300,6 @@ def by_rows(x: jax.Array) -> jax.Array:
     if mesh is None or batch_ways(mesh) == 1 or x.shape[0] % batch_ways(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(free_batch_axes(mesh))))
-
-
-def maps_data(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether `per_data_shard` maps functions over a mesh: it has several devices along `data`."""
-    return mesh.shape["data"] == math.prod(mesh.shape.values()) > 1
-
-
-def per_data_shard(function: Function, mesh: Mesh | AbstractMesh) -> Function:
-    """Map `function(params, *rows)` over the shards of its rows along the mesh axis `data`.
-
-    It treats every example alone, and returns rows. The gradient of `params` is then summed over
-    `data` once and in the type of `params`, after each device has added up that of its own rows.
-    XLA's partitioner would sum it in each micro-batch, and in the type of the activations. It still
-    does on meshes of several axes: of functions that are mapped over one of them, it gathers
-    activations over `fsdp`, and fails with `tensor` beside it.
-    """
-    if not maps_data(mesh):
-        return function
-
-    def call(params: Any, *rows: Any) -> Any:
-        return jax.shard_map(
-            jax.named_scope(PER_DATA_SHARD)(function),
-            mesh=mesh,
-            axis_names={"data"},
-            in_specs=(P(), *(P("data") for _ in rows)),
-            out_specs=P("data"),
-            check_vma=False,
-        )(params, *rows)
-
-    return cast(Function, call)
-
-
-def cut_over_fsdp(x: jax.Array) -> bool:
-    """Whether the mesh of a traced array shards parameters over `fsdp`."""
-    mesh = mesh_of(x)
-    return mesh is not None and mesh.shape["fsdp"] > 1
-
-
-def gathered(block: Any, layers: int, dtype: DTypeLike) -> Any:
-    """All-gather one of `layers` stacked blocks over `fsdp`; kernels are cast to `dtype`.
-
-    Each device holds its shard and gathers the parameters where they are used. The gradient is
-    reduce-scattered (ZeRO, arXiv:1910.02054, as XLA's partitioner does it).
-    """
-    constrain = jax.lax.with_sharding_constraint
-
-    def gather(path, x):
-        mesh = mesh_of(x)
-        if mesh is None or mesh.shape["fsdp"] == 1:
-            return x
-        _, *spec = parameter_spec(("blocks", *path_names(path)), (layers, *x.shape), mesh)
-        if "fsdp" not in spec:
-            return x
-        sharded = NamedSharding(mesh, P(*spec))
-        gathered_sharding = NamedSharding(
-            mesh, P(*(None if axis == "fsdp" else axis for axis in spec))
-        )
-        return linear_call(
-            lambda _, x: constrain(constrain(x, sharded), gathered_sharding),
-            lambda _, gradient: constrain(gradient, sharded),
-            (),
-            # Half the bytes; norms compute in float32, and int8 kernels are a quarter already.
-            x.astype(dtype) if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating) else x,
-        )
-
-    return jax.tree_util.tree_map_with_path(gather, block)
 
 
 @functools.cache

@@ -103,7 +103,7 @@ class Published:
             tokenizer=TokenizerConfig(context_length=tokens),
             batch_size=self.batch,
             remat=self.remat,
-            mesh=MeshConfig(*self.mesh) if self.mesh else MeshConfig(),
+            mesh=MeshConfig(*(self.mesh or (-1, 1, 1))),
             dtype="bfloat16",
         )
 

@@ -66,7 +66,7 @@ def test_a_slice_that_is_not(name, message):
         ("32x8", (32, 8, 1)),
         ("4x2x2", (4, 2, 2)),
         ("fsdp=8", (-1, 8, 1)),
-        ("data=-1, tensor=2", (-1, 1, 2)),
+        ("data=-1, tensor=2", (-1, None, 2)),
     ],
 )
 def test_a_mesh_by_its_sizes(text, sizes):

@@ -42,7 +42,7 @@ def test_accepted_changes_are_returned_and_others_refused_by_name():
         "batch_size": [1024, 64],
         "data.filters": [[], [row]],
         "data.max_bad_share": [0.05, 0.5],
-        "mesh.fsdp": [1, 4],
+        "mesh.fsdp": [None, 4],
         "optimizer.b2": [0.98, 0.9],
         "optimizer.clip_norm": [1.0, None],
         "optimizer.on_nonfinite": ["stop", "skip"],
@@ -134,7 +134,7 @@ def test_a_run_of_eight_devices_resumes_on_four(tiny, tmp_path):
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [row["total_steps"] for row in history] == [6, 9]
     assert history[1]["step"] == 6
-    assert history[1]["changes"] == {"mesh.data": [8, 1], "mesh.fsdp": [1, 4], "steps": [6, 9]}
+    assert history[1]["changes"] == {"mesh.data": [8, 1], "mesh.fsdp": [None, 4], "steps": [6, 9]}
     assert json.loads((run / "config.json").read_text())["mesh"]["fsdp"] == 4
 
 

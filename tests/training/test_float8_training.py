@@ -70,7 +70,7 @@ def test_devices_that_would_emulate_it_are_refused(trainer, monkeypatch):
 
 
 def test_a_mesh_whose_devices_exchange_scales_is_noted():
-    for mesh, exchanged in ((MeshConfig(), False), (MeshConfig(fsdp=2), True)):
+    for mesh, exchanged in ((MeshConfig(fsdp=2), False), (MeshConfig(tensor=2), True)):
         text = float8.check_float8(make_mesh(mesh, jax.devices()[:2]))
         assert ("exchange the largest element" in text) is exchanged
 

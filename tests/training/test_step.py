@@ -15,7 +15,7 @@ from quick import AS_USERS
 from vlm import sharding
 from vlm.config import AdapterConfig, Experiment, MeshConfig
 from vlm.data.faults import BadSamples
-from vlm.errors import TrainingError
+from vlm.errors import ConfigError, TrainingError
 from vlm.evaluation.training_report import _flat
 from vlm.models import adapters
 from vlm.planning.collectives import GRADIENTS
@@ -87,14 +87,33 @@ def test_micro_batches_are_the_batch(noisy, devices, micro, tolerance):
     assert_near(got.ema, state.ema, tolerance)
 
 
-def test_micro_batches_send_their_gradients_once(tiny):
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=4)], ids=["data", "fsdp"])
+def test_micro_batches_send_their_gradients_once(tiny, mesh, monkeypatch):
+    monkeypatch.setattr("vlm.sharding.SMALLEST_SHARDED", 1)
+
     def sent(micro):
-        found = compile_step(tiny(micro_batch_size=micro), make_mesh(MeshConfig()))
+        found = compile_step(tiny(micro_batch_size=micro), make_mesh(mesh))
         return sum(c.sent for c in found.collectives if c.place == GRADIENTS)
 
     whole = sent(None)
     assert whole > 0
     assert sent(8) <= 1.1 * whole
+
+
+@pytest.mark.parametrize("gather", ["layer", "step"])
+@pytest.mark.parametrize("micro", [None, 8])
+def test_gathers_of_a_layer_and_of_the_whole_step_compute_the_same(
+    alone, tiny, gather, micro, monkeypatch
+):
+    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
+    mesh = MeshConfig(data=2, fsdp=4, gather=gather)
+    trainer = make(tiny(mesh=mesh, micro_batch_size=micro), devices=8)
+    np.testing.assert_allclose(run(trainer, 20)[0], alone[1], rtol=1e-5)
+
+
+def test_whole_gathers_need_a_mesh_without_tensor():
+    with pytest.raises(ConfigError, match="gather step needs tensor 1"):
+        MeshConfig(fsdp=2, tensor=2, gather="step")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +137,7 @@ def test_eight_devices_are_one_device(alone, tiny, mesh, monkeypatch):
     trainer = make(tiny(mesh=mesh), devices=8)
     got, state = run(trainer, 20)
     np.testing.assert_allclose(got, losses, rtol=1e-5)
-    if mesh.fsdp > 1:  # parameters, moments and all lie in parts
+    if mesh.fsdp is not None:  # parameters, moments and all lie in parts
         kernel = state.params["text"]["transformer"]["blocks"]["mlp"]["up"]["kernel"]
         moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
         for x in (kernel, *moments):

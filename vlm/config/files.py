@@ -38,7 +38,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     Example:
         >>> from vlm.config import from_dict
         >>> from_dict(vlm.MeshConfig, {"fsdp": 4})
-        MeshConfig(data=-1, fsdp=4, tensor=1)
+        MeshConfig(data=-1, fsdp=4, tensor=1, gather=None)
         >>> from_dict(vlm.MeshConfig, {"fdsp": 4})
         Traceback (most recent call last):
             ...

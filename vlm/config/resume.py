@@ -149,7 +149,7 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
     )
     | _all(STATE, "name transformation")
     | {"ema": _ema, "l2_sp": _l2_sp},
-    "MeshConfig": _all(FREE, "data fsdp tensor"),
+    "MeshConfig": _all(FREE, "data fsdp tensor gather"),
     "AdapterConfig": _all(STATE, "rank alpha targets dora quantize"),
     "DistillConfig": _all(FREE, "teacher stored task relations features distance temperature")
     | {"projection": STATE},

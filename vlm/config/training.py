@@ -28,23 +28,32 @@ class MeshConfig(Config):
 
     Args:
         data: Size of the axis that shards the batch alone. -1: all remaining devices.
-        fsdp: Size of the axis that shards the batch and the parameters.
+        fsdp: Size of the axis that shards the batch and the parameters with their optimizer state.
+            None: up to 16 on TPUs, if data is -1; else 1.
         tensor: Size of the axis that shards attention heads and the hidden layers of MLPs.
+        gather: How many of the parameters that fsdp shards are whole on a device at a time. layer:
+            those of one layer, which needs least memory. step: all during a step, so that
+            micro-batches communicate once. None: step with micro-batches, else layer.
 
     Example:
         >>> vlm.MeshConfig(data=-1, fsdp=8)  # data: all remaining devices
-        MeshConfig(data=-1, fsdp=8, tensor=1)
+        MeshConfig(data=-1, fsdp=8, tensor=1, gather=None)
     """
 
     data: int = -1
-    fsdp: int = 1
+    fsdp: int | None = None
     tensor: int = 1
+    gather: Literal["layer", "step"] | None = None
 
     def check(self):
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes or sizes.count(-1) > 1:
             raise ConfigError(
                 f"{self}: sizes are positive, and at most one is -1, for all remaining devices"
+            )
+        if self.gather == "step" and self.tensor != 1:
+            raise ConfigError(
+                f"{self}: gather step needs tensor 1: XLA's partitioner gathers each layer"
             )
 
 
@@ -204,6 +213,16 @@ class Experiment(Config):
     sequence_lengths: tuple[int, ...] = ()
     text_lengths: tuple[int, ...] = ()
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a step processes its batch in micro-batches."""
+        return self.micro_batch_size not in (None, self.batch_size)
+
+    @property
+    def gathers_once(self) -> bool:
+        """Whether parameters that are sharded over fsdp are gathered once a step: `mesh.gather`."""
+        return (self.mesh.gather or ("step" if self.in_parts else "layer")) == "step"
 
     @property
     def super_batch_size(self) -> int:

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from vlm.errors import ConfigError
 from vlm.models.adapters import linear_layers
 from vlm.nn.cuda_attention import compute_capability
-from vlm.sharding import maps_data
+from vlm.nn.fsdp import maps_batch
 
 MIN_CAPABILITY = 8.9  # compute capability of Ada; Hopper's is 9.0
 Model = TypeVar("Model", bound=nnx.Module)
@@ -42,10 +42,10 @@ def check_float8(mesh: Mesh | AbstractMesh) -> str:
     """
     kind = jax.devices()[0].device_kind
     scales = ""
-    if mesh.size > 1 and not maps_data(mesh):
+    if mesh.size > 1 and not maps_batch(mesh):
         scales = (
-            "; with fsdp or tensor the devices exchange the largest element of each array before "
-            "its product, which is slower than mesh.data alone"
+            "; with tensor the devices exchange the largest element of each array before "
+            "its product, which is slower than without tensor"
         )
     if compute_capability() >= MIN_CAPABILITY:
         return f"the blocks' products in float8 by {kind}{scales}"

@@ -1,6 +1,6 @@
 """Matrix products in float8 (arXiv:2209.05433), with a scale for each tensor and no state.
 
-A tensor is a device's rows where `vlm.sharding.per_data_shard` maps the towers. Else it is that of
+A tensor is a device's rows where `vlm.nn.fsdp.per_batch_shard` maps the towers. Else it is that of
 all devices, which exchange its largest element.
 
 Inputs and kernels are e4m3, and gradients e5m2, which has more range. XLA's GPU compiler replaces

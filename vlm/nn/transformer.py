@@ -16,11 +16,12 @@ from vlm.errors import check_choice
 from vlm.nn.attention import Attention, Lengths
 from vlm.nn.auto_axes import auto_axes
 from vlm.nn.cpu_attention import Mask
+from vlm.nn.fsdp import Dimensions, gathered, partitioned_over_fsdp
 from vlm.nn.intermediates import Intermediates, capture, changes_below
 from vlm.nn.layers import NORMS, Mlp, dropout, split_keys
 from vlm.nn.positions import Rotation
 from vlm.nn.remat import checkpoint_policy
-from vlm.sharding import by_rows, cut_over_fsdp, gathered
+from vlm.sharding import by_rows
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ class Transformer(nnx.Module):
         (3, 16, 32)
     """
 
+    # Dimensions of a layer's parameters that are shards over `fsdp`, by path: see `gather_layers`.
+    shards: tuple[tuple[tuple[str, ...], int], ...] = ()
+
     def __init__(
         self,
         width: int,
@@ -174,11 +178,12 @@ class Transformer(nnx.Module):
         leading layer axis.
         """
         block, parameters = nnx.split(self.blocks)
-        parameters = nnx.to_pure_dict(parameters)
+        parameters, shards = nnx.to_pure_dict(parameters), dict(self.shards)
 
         def layer(x, numbered):
             number, parameters, changes = numbered
-            parameters, x = gathered(parameters, self.depth, self.execution.dtype), by_rows(x)
+            parameters = gathered(parameters, self.depth, self.execution.dtype, shards)
+            x = by_rows(x)
             layer_keys = keys
             if keys is not None:
                 layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
@@ -187,7 +192,8 @@ class Transformer(nnx.Module):
             return x, None if own is None else own.found
 
         layers = (jnp.arange(self.depth), parameters, changes_below(intermediates, "blocks"))
-        x, found = scan_layers(layer, x, layers, self.execution, remat=cut_over_fsdp(x))
+        gathers = bool(shards) or partitioned_over_fsdp(x)
+        x, found = scan_layers(layer, x, layers, self.execution, remat=gathers)
         if intermediates is not None:
             for name, value in (found or {}).items():
                 intermediates.found[f"{intermediates.prefix}blocks/{name}"] = value
@@ -198,6 +204,22 @@ class Transformer(nnx.Module):
         block, parameters = nnx.split(self.blocks)
         parameters = jax.tree.map(lambda p: p[-1], nnx.to_pure_dict(parameters))
         return nnx.merge(block, parameters)(x, None, None)
+
+
+def gather_layers(model: nnx.Module, dimensions: Dimensions) -> set[tuple[str, ...]]:
+    """Make transformers gather each layer's parameters where it runs; return their paths.
+
+    For models whose parameters are shards over `fsdp` in a `jax.shard_map`; `dimensions` has the
+    dimension that is sharded, by the path of a parameter.
+    """
+    found = set()
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Transformer):
+            start = (*map(str, path), "blocks")
+            own = {p: d for p, d in dimensions.items() if p[: len(start)] == start and d > 0}
+            module.shards = tuple((p[len(start) :], d - 1) for p, d in own.items())
+            found |= set(own)
+    return found
 
 
 def stack_blocks(make: Callable[[nnx.Rngs], Any], depth: int, rngs: nnx.Rngs) -> Any:

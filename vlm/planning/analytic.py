@@ -41,11 +41,12 @@ def analytic_memory(
     experiment: Experiment,
     chip: Chip | None,
     state: StateBytes,
-    batch_ways: int,
-    tensor_ways: int = 1,
+    mesh_shape: dict[str, int],
 ) -> AnalyticMemory:
-    """Estimate the memory of a step per device, with the batch sharded `batch_ways` ways."""
+    """Estimate the memory of a step per device of a mesh."""
     e, extra, size = experiment, planned_supervision(experiment), _itemsize(experiment)
+    fsdp, tensor_ways = mesh_shape["fsdp"], mesh_shape["tensor"]
+    batch_ways = mesh_shape["data"] * fsdp
     rows = (e.micro_batch_size or e.batch_size) / batch_ways
     kept, block, embedding = 0.0, 0.0, 0.0
     for tower, tokens, config in _towers(e):
@@ -75,7 +76,8 @@ def analytic_memory(
         tiles += 2 * image * e.super_batch_size / batch_ways
     return AnalyticMemory(
         state=state.parameters + state.optimizer + state.averages + state.teacher,
-        gradients=state.trained,
+        # Gathered at once, all parameters and their gradients are whole.
+        gradients=2 * fsdp * state.trained if fsdp > 1 and e.gathers_once else state.trained,
         activations=kept + images,
         working=block + tiles,
         teacher=embedding + images,
@@ -145,9 +147,13 @@ def analytic_traffic(
     """
     data, fsdp, tensor = (mesh_shape[axis] for axis in ("data", "fsdp", "tensor"))
     ways, extra = data * fsdp, planned_supervision(experiment)
+    parts = experiment.batch_size // (experiment.micro_batch_size or experiment.batch_size)
     sent = {}
     if ways > 1:
-        sent[GRADIENTS] = 2 * parameters / tensor * (ways - 1) / ways
+        # Each device of `fsdp` gets the sum of its shard, which is then summed over `data`.
+        scattered, reduced = (fsdp - 1) / fsdp, 2 * (data - 1) / data
+        scattered *= 1 if experiment.gathers_once else parts
+        sent[GRADIENTS] = parameters / tensor * (scattered + reduced / fsdp)
     if ways > 1 and experiment.objective != "classification":
         ours = experiment.model.embed_dim
         trips = 2 if experiment.model.loss == "softmax" else 1
@@ -167,8 +173,8 @@ def analytic_traffic(
         taught = (rows * n * c.width * c.depth * FLOAT32 for n, c in _teacher_towers(extra))
         sent[TENSOR] = 2 * (passes * moved + sum(taught)) * 2 * (tensor - 1) / tensor
     if fsdp > 1:
-        gathers = 3 if experiment.remat == "full" else 2
-        moved = gathers * parameters / 2
+        # Once in float32, or twice in 16 bits: for the forward and the backward pass.
+        moved = parameters * (1 if experiment.gathers_once else parts)
         if extra.embedding is not None:
             moved += total_bytes(extra.embedding.parameters)  # once, in float32
         sent[FSDP] = moved / tensor * (fsdp - 1) / fsdp

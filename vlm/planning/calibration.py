@@ -109,15 +109,15 @@ SHARES = {
     "v5p": Shares(0.63, f"taken from v4 {LLM}"),
     "v6e": Shares(0.41, f"taken from v4 {LLM}"),
     "tpu7x": Shares(0.41, "taken from v6e"),
-    "a100": Shares(0.45, "15 published trainings of ViT and CLIP on A100, 2023"),
-    "a100-40": Shares(0.45, "15 published trainings of ViT and CLIP on A100, 2023"),
+    "a100": Shares(0.44, "15 published trainings of ViT and CLIP on A100, 2023"),
+    "a100-40": Shares(0.44, "15 published trainings of ViT and CLIP on A100, 2023"),
     "h100": Shares(0.22, "6 published trainings of ViT and CLIP on H100, 2023"),
     "h100-pcie": Shares(0.22, "taken from H100 SXM"),
     "h200": Shares(0.22, "taken from H100"),
     "gh200": Shares(0.22, "taken from H100"),
     "b200": Shares(0.22, "taken from H100"),
-    "l4": Shares(0.45, "taken from A100"),
-    "l40s": Shares(0.45, "taken from A100"),
+    "l4": Shares(0.44, "taken from A100"),
+    "l40s": Shares(0.44, "taken from A100"),
 }
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlm.nn.fsdp import PER_BATCH_SHARD
 from vlm.planning.hlo import Instruction, Program
-from vlm.sharding import PER_DATA_SHARD
 from vlm.training.selection import SCOPE
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -128,12 +128,14 @@ def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
 
 def in_loss(op_name: str) -> bool:
     """Whether an operation is mapped over devices, and not one of a tower."""
-    return "shard_map" in op_name and f"/{PER_DATA_SHARD}/" not in op_name
+    return "shard_map" in op_name and f"/{PER_BATCH_SHARD}/" not in op_name
 
 
 def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -> str:
     if f"/{SCOPE}/" in op_name and "shard_map" in op_name:
         return SELECTION
+    if f"/{PER_BATCH_SHARD}/" in op_name:  # towers treat every example alone
+        return GRADIENTS if op_name.endswith("reduce_scatter") else FSDP
     if kind == "collective-permute" and in_loss(op_name):
         return LOSS_RING
     # The compiler merges small reductions under the name of one of them, so check shapes too.

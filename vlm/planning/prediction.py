@@ -36,7 +36,7 @@ from vlm.planning.needs import Needs, needs
 from vlm.planning.report import BASES, parts
 from vlm.planning.roofline import Prediction, Roofline, analytic_roofline, compiled_roofline, mfu
 from vlm.planning.topology import Topology, parse_mesh, parse_topology, topology_devices
-from vlm.sharding import AXES, batch_ways, make_mesh, mesh_sizes
+from vlm.sharding import AXES, make_mesh, mesh_sizes
 from vlm.training.init_from import resolve
 from vlm.training.schedule import check_batch_sizes
 
@@ -333,7 +333,9 @@ def plan_mesh(experiment: Experiment, topology: Topology, *, compiled: bool) -> 
     try:
         if compiled:
             return make_mesh(experiment.mesh, topology_devices(topology))
-        sizes = mesh_sizes(experiment.mesh, topology.device_count, topology.slices)
+        chip = topology.chip
+        tpu = chip is not None and chip.platform == "tpu"
+        sizes = mesh_sizes(experiment.mesh, topology.device_count, topology.slices, tpu=tpu)
         return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     except ShardingError as error:
         raise ShardingError(f"topology {topology.name}: {error}") from None
@@ -385,7 +387,7 @@ def _memory(
             loss=compile_loss(e, grid) if loss and isinstance(grid, Mesh) else None,
             peak=step.peak,
         )
-    estimate = analytic_memory(e, topology.chip, state, batch_ways(grid), grid.shape["tensor"])
+    estimate = analytic_memory(e, topology.chip, state, dict(grid.shape))
     known = step.used if step is not None else None
     return make(
         basis="compiled" if known else "analytic",

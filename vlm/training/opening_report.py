@@ -74,7 +74,7 @@ def _length(e: Experiment, step: int, total: int) -> str:
     text = f"{total:,} steps of " + ", ".join(_of_size(size) for size in batch_sizes(e))
     if e.selection is not None:
         text += f", selected from {e.super_batch_size:,}"
-    if e.micro_batch_size not in (None, e.batch_size):
+    if e.in_parts:
         text += f" in micro-batches of {e.micro_batch_size:,}"
     if step:
         text += f", from step {step:,} on"

@@ -26,15 +26,20 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.models.float8 import in_float8
 from vlm.models.flops import Supervision
 from vlm.models.modules import constants
+from vlm.nn.fsdp import (
+    Dimensions,
+    fsdp_dimensions,
+    gather_parameters,
+    maps_batch,
+    per_batch_shard,
+)
 from vlm.nn.layers import split_keys
 from vlm.nn.naflex import Patches
-from vlm.nn.transformer import Execution
+from vlm.nn.transformer import Execution, gather_layers
 from vlm.sharding import (
     batch_sharding,
     batch_ways,
     global_batch,
-    maps_data,
-    per_data_shard,
     placed,
     replicated,
     shardings,
@@ -115,12 +120,10 @@ class Trainer:
         self.optimizer = make_optimizer(experiment.optimizer)
         model = nnx.eval_shape(self._build)
         self.graph, self.constants = nnx.graphdef(model), constants(model)
-        # Of training; the model is evaluated and exported without float8.
-        rounded = experiment.matmul_dtype == "float8"
-        self.step_graph = nnx.graphdef(in_float8(model)) if rounded else self.graph
         self.abstract_state = jax.eval_shape(self._init, jnp.int32(1))
         self._check_patterns()
         self.state_shardings = shardings(self.abstract_state, mesh, experiment.model.partition)
+        self.step_graph, self.gathered_at_once = self._for_training(model)
         replicated_sharding = replicated(mesh)
         self.init = jax.jit(self._init, out_shardings=self.state_shardings)
         self.step = self.step_at(experiment.model.vision.image_size)
@@ -129,6 +132,26 @@ class Trainer:
         self.head = jax.jit(
             self._head, out_shardings=replicated_sharding
         )  # (m, d), in a classification
+
+    def _for_training(self, model: DualEncoder) -> tuple[nnx.GraphDef, Dimensions]:
+        """Return the graph of `model` in a step, and the parameters to gather before it runs.
+
+        The model is evaluated and exported without float8. Where the towers get parameters that are
+        sharded over `fsdp`, the layers of a transformer gather their own and sum their gradients.
+        With micro-batches all are gathered once, and gradients are summed once.
+        """
+        if self.experiment.matmul_dtype == "float8":
+            model = in_float8(model)
+        specs = self._parameter_specs()
+        dimensions = fsdp_dimensions(joined(*specs)) if maps_batch(self.mesh) else {}
+        once = self.experiment.gathers_once
+        layers = set() if once else gather_layers(model, dimensions)
+        return nnx.graphdef(model), {p: d for p, d in dimensions.items() if p not in layers}
+
+    def _parameter_specs(self) -> tuple[Params, Params]:
+        """Return the specs of trained and frozen parameters."""
+        state = self.state_shardings
+        return jax.tree.map(lambda x: x.spec, (state.params, state.frozen))
 
     @property
     def supervision(self) -> Supervision:
@@ -217,18 +240,20 @@ class Trainer:
             keys = keys[batch["rows"]]
 
         ways = batch_ways(self.mesh)
-        ways_in_towers = 1 if maps_data(self.mesh) else ways
+        ways_in_towers = 1 if maps_batch(self.mesh) else ways
 
         def embed(params, batch, keys):
-            return self._embed(joined(*params), batch, keys, size, ways_in_towers)
+            return self._embed(params, batch, keys, size, ways_in_towers)
 
-        def embed_in_parts(params, batch, keys):
+        def embed_all(params, batch, keys):
+            params = gather_parameters(joined(*params), self.gathered_at_once)
+            if not e.in_parts:
+                return embed(params, batch, keys)
             assert e.micro_batch_size is not None
             parts = split_batch((batch, keys), e.batch_size // e.micro_batch_size)
             return join_batch(cached_embed(embed)(params, *parts))
 
-        in_parts = e.micro_batch_size not in (None, e.batch_size)
-        towers = per_data_shard(embed_in_parts if in_parts else embed, self.mesh)
+        towers = per_batch_shard(embed_all, self.mesh, self._parameter_specs())
 
         def loss(params):
             z = towers((params, state.frozen), batch, keys)

@@ -1,0 +1,111 @@
+"""Towers mapped over the shards of a batch, with parameters that are sharded over `fsdp`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from vlm.config import GroupViTConfig, MeshConfig, ModelConfig, TextConfig, ViTConfig
+from vlm.models.dual_encoder import DualEncoder
+from vlm.nn.fsdp import fsdp_dimensions, gather_parameters, per_batch_shard
+from vlm.nn.transformer import Execution, Transformer, gather_layers
+from vlm.sharding import batch_sharding, make_mesh, shardings
+
+MESHES = [MeshConfig(), MeshConfig(fsdp=8), MeshConfig(data=4, fsdp=2)]
+names = ["data", "fsdp", "both"]
+
+
+@pytest.mark.parametrize("config", MESHES, ids=names)
+def test_gradients_in_bfloat16_are_summed_over_devices_in_float32(config):
+    mesh, random = make_mesh(config), np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(random.normal(size=(512, 32)), jnp.float32)}
+    x, ct = (jnp.asarray(random.normal(size=(64, n)), jnp.float32) for n in (512, 32))
+    specs = jax.tree.map(lambda s: s.spec, shardings(params, mesh))
+    dimensions = fsdp_dimensions(specs)
+    assert dimensions == ({("kernel",): 0} if mesh.shape["fsdp"] > 1 else {})
+
+    def tower(params, x):
+        return x.astype(jnp.bfloat16) @ params["kernel"].astype(jnp.bfloat16)
+
+    def mapped(params, x):
+        return tower(gather_parameters(params, dimensions), x)
+
+    def error(apply):
+        """Largest error of a sum over the devices, relative to the mean size of a gradient."""
+
+        def loss(params, x, ct):
+            return (apply(params, x).astype(jnp.float32) * ct).sum()
+
+        rows = batch_sharding(mesh)
+        placed = [jax.device_put(a, rows) for a in (x, ct)]
+        whole = jax.device_put(params, shardings(params, mesh))
+        got = jax.jit(jax.grad(loss))(whole, *placed)["kernel"]
+        alone = jax.jit(jax.grad(lambda p, x, ct: (tower(p, x).astype(jnp.float32) * ct).sum()))
+        parts = [np.split(a, mesh.size) for a in (x, ct)]
+        wanted = sum(
+            np.float64(alone(params, *part)["kernel"]) for part in zip(*parts, strict=True)
+        )
+        return np.abs(got - wanted).max() / np.abs(wanted).mean()
+
+    assert error(tower) > 3e-3  # by XLA's partitioner
+    assert error(per_batch_shard(mapped, mesh, specs)) < 1e-6
+
+
+@pytest.mark.parametrize("remat", ["none", "dots_no_batch"])
+@pytest.mark.parametrize("config", MESHES[1:], ids=names[1:])
+def test_layers_gather_their_own_parameters(config, remat, monkeypatch):
+    """One layer at a time: the loops over layers gather, and no array has all layers whole."""
+    monkeypatch.setattr("vlm.sharding.SMALLEST_SHARDED", 512)
+    options = {"act": "gelu", "norm_eps": 1e-6, "execution": Execution(remat=remat)}
+    stack = Transformer(128, 3, 4, 256, rngs=nnx.Rngs(0), **options)
+    plain, params = nnx.split(stack)
+    params, mesh = nnx.to_pure_dict(params), make_mesh(config)
+    specs = jax.tree.map(lambda s: s.spec, shardings(params, mesh))
+    dimensions = fsdp_dimensions(specs)
+    assert gather_layers(stack, dimensions) == set(dimensions)
+    assert len(dimensions) == 7  # kernels, and the bias of the hidden layer
+    graph = nnx.graphdef(stack)
+
+    x = jax.random.normal(jax.random.key(1), (16, 5, 128))
+    towers = per_batch_shard(lambda p, x: nnx.merge(graph, p)(x), mesh, specs)
+    weights = jax.random.normal(jax.random.key(2), x.shape)
+    compiled: Any = jax.jit(jax.value_and_grad(lambda p, x: (towers(p, x) * weights).sum()))
+    placed = (
+        jax.device_put(params, shardings(params, mesh)),
+        jax.device_put(x, batch_sharding(mesh)),
+    )
+    value, grads = compiled(*placed)
+    wanted, right = jax.value_and_grad(lambda p: (nnx.merge(plain, p)(x) * weights).sum())(params)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, right)
+    text = compiled.lower(*placed).compile().as_text()
+    assert "f32[128,256]" in text
+    assert "f32[3,128,256]" not in text
+
+
+def test_every_transformer_of_a_model_is_found():
+    """Also in lists of stages; parameters of other modules are left to be gathered at once."""
+    text = TextConfig(vocab_size=99, context_length=8, width=32, depth=2, heads=2, mlp_dim=64)
+    towers = {
+        "vit": ViTConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_dim=64),
+        "groupvit": GroupViTConfig(),
+    }
+    for name, vision in towers.items():
+        config = ModelConfig(vision=vision, text=text, embed_dim=32)
+        model = nnx.eval_shape(lambda config=config: DualEncoder(config, rngs=nnx.Rngs(0)))
+        params = nnx.to_pure_dict(nnx.state(model))
+        mesh = make_mesh(MeshConfig(fsdp=2))
+        dimensions = fsdp_dimensions(jax.tree.map(lambda s: s.spec, shardings(params, mesh)))
+        found = gather_layers(model, dimensions)
+        in_layers = {p for p in dimensions if "transformer" in p and "blocks" in p}
+        assert found == in_layers, name
+        assert any(p[0] == "vision" for p in found) or name == "vit"
+
+
+def test_towers_are_not_mapped_on_one_device_and_with_tensor():
+    for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(tensor=2))):
+        assert per_batch_shard(len, mesh, P()) is len
