@@ -140,12 +140,13 @@ def monitor_of(action="roll_back", **options) -> DivergenceMonitor:
     return DivergenceMonitor(DivergenceConfig(action=action, **options))
 
 
-def feed(monitor: DivergenceMonitor, losses, norms=None) -> list[int]:
+def feed(monitor: DivergenceMonitor, losses, norms=None, input_size=lambda step: "") -> list[int]:
     """Return the steps at which a divergence is found; the monitor is cleared after each."""
     found = []
     norms = np.ones(len(losses)) if norms is None else norms
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1):
-        monitor.add(step, float(loss), float(norm), bool(np.isfinite(loss + norm)))
+        finite = bool(np.isfinite(loss + norm))
+        monitor.add(step, float(loss), float(norm), finite, input_size(step))
         if monitor.diverged:
             found.append(step)
             monitor.clear()
@@ -204,8 +205,8 @@ def test_a_monitor_continues_from_its_state():
 
 def test_steps_are_compared_with_those_of_the_same_image_size():
     monitor = monitor_of(window=16, in_a_row=2)
-    monitor.set_phase(lambda step: "8" if step <= 50 else "16")
-    assert not feed(monitor, [1.0] * 50 + [5.0] * 50)
+    losses = [1.0] * 50 + [5.0] * 50
+    assert not feed(monitor, losses, input_size=lambda step: "8" if step <= 50 else "16")
 
 
 def test_each_batch_size_has_its_own_window():
@@ -214,8 +215,8 @@ def test_each_batch_size_has_its_own_window():
     losses = np.where(np.arange(200) % 4, 2.0, 5.0) + 0.01 * rng.standard_normal(200)
     losses[160:] += 1
     monitor = monitor_of(window=16, in_a_row=2)
-    monitor.set_phase(lambda step: "256" if (step - 1) % 4 == 0 else "64")
-    assert feed(monitor, losses) == [162]
+    sizes = ["256", "64", "64", "64"] * 50
+    assert feed(monitor, losses, input_size=lambda step: sizes[step - 1]) == [162]
     again = monitor_of(window=16, in_a_row=2)
     again.restore(json.loads(json.dumps(monitor.state())))
     assert again.state() == monitor.state()

@@ -48,7 +48,8 @@ def attend(
         "default": lambda query, key, value, mask: dense(query, key, value, mask=mask),
     }
     given, mask, mesh = mask, _by_key(mask, key), mesh_of(query)
-    if cuda_attention.compute_capability() >= cuda_attention.OLDEST and cuda_attention.fits(
+    capability = cuda_attention.compute_capability()
+    if capability >= cuda_attention.MIN_COMPUTE_CAPABILITY and cuda_attention.fits(
         query, key, given, causal=causal
     ):
         kernel = functools.partial(cuda_attention.attend, causal=causal)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-OLDEST = 8.0  # compute capability of Ampere
-WIDEST = 128  # head dimension; Ampere's and Blackwell's backward passes support no wider ones
+MIN_COMPUTE_CAPABILITY = 8.0  # that of Ampere
+MAX_HEAD_DIM = 128  # Ampere's and Blackwell's backward passes support no wider ones
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 Shaped = Array | jax.ShapeDtypeStruct
@@ -29,7 +29,7 @@ def fits(query: Shaped, key: Shaped, mask: Shaped | None, *, causal: bool) -> bo
         and query.shape == key.shape
         and n > 1
         and d % 8 == 0
-        and d <= WIDEST
+        and d <= MAX_HEAD_DIM
         and (mask is None or (not causal and mask.shape in ((b,), (b, 1, 1, n))))
     )
 

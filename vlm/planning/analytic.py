@@ -13,7 +13,7 @@ from vlm.config import Experiment, TextConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
-from vlm.nn.cuda_attention import WIDEST
+from vlm.nn.cuda_attention import MAX_HEAD_DIM
 from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, saved_names
 from vlm.nn.tpu_attention import LANES, LONGEST
 from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, SELECTION, TENSOR
@@ -189,7 +189,7 @@ def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, conf
     if chip.platform == "tpu":
         return tokens <= LONGEST or head_dim <= LANES
     masked = isinstance(config, TextConfig) and config.pad_id is not None and config.causal
-    return not masked and head_dim % 8 == 0 and head_dim <= WIDEST
+    return not masked and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
 
 
 def _towers(experiment: Experiment) -> Iterator[tuple[str, int, ViTConfig | TextConfig]]:

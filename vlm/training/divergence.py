@@ -7,7 +7,7 @@ rounding may differ: neither do the parameters of such a run stay equal on its h
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ Values = collections.deque[float]
 
 
 class DivergenceMonitor:
-    """Compares each step with the last steps of the same kind that were no outliers.
+    """Compares each step with the last steps of the same input size that were no outliers.
 
     Args:
         settings: everything else that the loss depends on, as text. Steps of a state with other
@@ -39,18 +39,18 @@ class DivergenceMonitor:
 
     def __init__(self, config: DivergenceConfig, settings: str = ""):
         self.config, self._settings = config, settings
-        self.set_phase(lambda step: "")
         self.restore({})
 
-    def set_phase(self, kind_of: Callable[[int], str]) -> None:
-        """Set the function that returns the kind of a step: its image size and batch size."""
-        self._kind_of = kind_of
+    def add(
+        self, step: int, loss: float, grad_norm: float, finite: bool, input_size: str = ""
+    ) -> None:
+        """Take the values of a step, in the order of the steps.
 
-    def add(self, step: int, loss: float, grad_norm: float, finite: bool) -> None:
-        """Take the values of a step, in the order of the steps."""
+        `input_size` is its image size and batch size, on which the loss depends.
+        """
         if self.config.action == "off" or self.diverged is not None:
             return
-        losses, log_norms = self._window(self._kind_of(step))
+        losses, log_norms = self._window(input_size)
         full = len(losses) == self.config.window
         why = self._reason(losses, log_norms, loss, grad_norm, finite) if full else ""
         if not why:
@@ -98,18 +98,18 @@ class DivergenceMonitor:
         self.skipped = state.get("skipped", 0)
         if state.get("settings") != self._settings:
             return
-        for kind, saved in state["windows"].items():
-            for values, old in zip(self._window(kind), saved, strict=True):
+        for input_size, saved in state["windows"].items():
+            for values, old in zip(self._window(input_size), saved, strict=True):
                 values.extend(old)
         if self.config.action == "roll_back":
             self.first, self._count = state["first"], state["count"]
             self.diverged = state["diverged"]
 
-    def _window(self, kind: str) -> tuple[Values, Values]:
-        """Losses and logarithms of the gradient norms of the last steps of a kind."""
+    def _window(self, input_size: str) -> tuple[Values, Values]:
+        """Losses and logarithms of the gradient norms of the last steps of an input size."""
         window = self.config.window
         new = collections.deque[float](maxlen=window), collections.deque[float](maxlen=window)
-        return self._windows.setdefault(kind, new)
+        return self._windows.setdefault(input_size, new)
 
     def _reason(
         self, losses: Values, log_norms: Values, loss: float, grad_norm: float, finite: bool

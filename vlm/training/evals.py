@@ -167,7 +167,7 @@ class _Images(Sequence):
         return self._read(self._places[i])
 
 
-def finish(
+def evaluate_finished_run(
     run: Run, evaluations: Evaluations, state: TrainState, bundle: Bundle, credits: str
 ) -> tuple[Report, dict[str, float]]:
     """Evaluate the finished run; write its results and the report of its held-out split.

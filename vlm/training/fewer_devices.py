@@ -14,7 +14,7 @@ from vlm.sharding import AXES, batch_ways, mesh_sizes
 from vlm.training.schedule import check_batch_sizes
 
 # Fields that a user chooses for the devices at hand.
-CHOSEN = ("batch_size", "micro_batch_size", "mesh")
+DEVICE_FIELDS = ("batch_size", "micro_batch_size", "mesh")
 
 
 def devices_before(rows: list[dict[str, Any]]) -> int | None:
@@ -23,7 +23,7 @@ def devices_before(rows: list[dict[str, Any]]) -> int | None:
     They are those of the last start that changed the mesh or the batch, or of the first start.
     """
     starts = [row for row in rows if "phase" not in row]
-    chosen = [row for row in starts[1:] if any(n.startswith(CHOSEN) for n in row["changes"])]
+    chosen = [row for row in starts[1:] if any(n.startswith(DEVICE_FIELDS) for n in row["changes"])]
     row = (starts[:1] + chosen)[-1:]
     return _device_count(row[0]) if row else None
 

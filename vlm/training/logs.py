@@ -25,6 +25,7 @@ from vlm.training.divergence import DivergenceMonitor
 from vlm.training.goodput_log import GoodputLog
 from vlm.training.history import read_rows
 from vlm.training.memory_use import memory_row
+from vlm.training.resolution import image_size_at
 from vlm.training.run import Run
 from vlm.training.run_callbacks import RunCallbacks
 from vlm.training.selection import ExampleCounts
@@ -148,6 +149,11 @@ class Logs:
         """Return the size of the global batch of step number `step`, counted from 1."""
         return self._schedule.at(step - 1)
 
+    def _input_size(self, step: int) -> str:
+        """Describe the size of the images, and of the batch, of step number `step`."""
+        image_size = image_size_at(self._experiment, step - 1, self._total)
+        return f"{image_size} pixels, {self.batch_size(step)}"
+
     def _take_done(self, ahead: int) -> None:
         """Wait until at most `ahead` steps are in flight, and write the scheduled rows."""
         while len(self._in_flight) > ahead:
@@ -164,7 +170,7 @@ class Logs:
             return
         names = ("loss", "grad_norm", "finite")
         loss, grad_norm, finite = jax.device_get([metrics[name] for name in names])
-        monitor.add(step, float(loss), float(grad_norm), bool(finite))
+        monitor.add(step, float(loss), float(grad_norm), bool(finite), self._input_size(step))
         if monitor.config.action == "roll_back":
             if monitor.first is not None:
                 self._outliers.add(step)

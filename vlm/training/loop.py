@@ -9,16 +9,13 @@ from typing import Any
 import jax
 
 from vlm.bundle import Bundle
-from vlm.callbacks import Divergence
 from vlm.cluster.processes import stop_all_on_failure
 from vlm.config import Experiment, in_phase, require_bucket
 from vlm.data.sources import require_source, with_own_splits
-from vlm.errors import ConfigError, TrainingError, brief
+from vlm.errors import ConfigError, brief
 from vlm.paths import keep_compiled_programs
-from vlm.training.bucket_sync import BucketSync
-from vlm.training.changes import settings_digest
-from vlm.training.checkpoint import Checkpoints
-from vlm.training.console import as_text, log
+from vlm.training.active_run import ActiveRun
+from vlm.training.console import log
 from vlm.training.custom_parts import (
     Loss,
     report_changed_code,
@@ -26,24 +23,14 @@ from vlm.training.custom_parts import (
     with_parts,
     without_lost_callbacks,
 )
-from vlm.training.divergence import DivergenceMonitor
-from vlm.training.evals import finish
-from vlm.training.goodput_log import GoodputLog
 from vlm.training.init_from import resolve
-from vlm.training.interrupt import Interrupted
-from vlm.training.logs import Logs, StepProfiler
-from vlm.training.opening_report import report_start
 from vlm.training.phases import RunPhases
-from vlm.training.resolution import image_size_at
 from vlm.training.result import TrainingResult
-from vlm.training.rollback import plan_rollback, write_rollback
 from vlm.training.run import Run
-from vlm.training.run_callbacks import RunCallbacks
-from vlm.training.schedule import CheckpointSchedule, Length, is_scheduled, length_in_steps
-from vlm.training.start import open_tokenizer
+from vlm.training.schedule import Length, length_in_steps
 from vlm.training.step import Trainer, TrainState
 from vlm.training.supervision import with_templates
-from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
+from vlm.training.watchdog import ActivityTimer
 
 
 def train(
@@ -198,184 +185,34 @@ def _train(
 
 
 def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -> Generated:
-    experiment = run.experiment
-    with run.starting(), timed("opening the data"):
-        tokenizer = open_tokenizer(run)
-        phases = progress.phases = RunPhases(run, tokenizer)
-        callbacks = RunCallbacks(run)
-
-    with BucketSync(run.folder) as bucket_sync, callbacks, contextlib.ExitStack() as outer:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(phases))
-            checkpoints = stack.enter_context(
-                Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
-            )
-            with run.starting(), timed("making the state"):
-                state = phases.start(checkpoints, length)
-                step, total = int(state.step), int(state.total_steps)
-            run.record_start(step, total, phases.batches.position_change)
-            checkpoint_schedule = CheckpointSchedule(experiment, step, total)
-            report_start(run, phases, state)
-
-            interrupted = stack.enter_context(Interrupted())
-            with run.starting():
-                callbacks.start(bucket_sync, step, total, interrupted.request)
-            monitor = DivergenceMonitor(experiment.divergence, settings_digest(experiment))
-            rolls_back = experiment.divergence.action == "roll_back"
-            goodput = GoodputLog(run.folder, bucket_sync.local, timed, step)
-            outer.enter_context(goodput)
-            logs = Logs(
-                run,
-                bucket_sync,
-                timed,
-                first_step=step,
-                total_steps=total,
-                callbacks=callbacks,
-                experiment=phases.experiment,
-                monitor=monitor,
-                goodput=goodput,
-            )
-            stack.enter_context(logs)
-            profiler = stack.enter_context(StepProfiler(bucket_sync, experiment.profile))
-
-            def kind_of(step: int) -> str:
-                """Return what the losses that a step may be compared with have in common."""
-                size = image_size_at(phases.experiment, step - 1, total)
-                return f"{size} pixels, {logs.batch_size(step)}"
-
-            def log_phase() -> None:
-                supervision, samples = phases.trainer.supervision, phases.batches.bad
-                logs.set_phase(phases.experiment, step, supervision, samples, phases.log_row())
-                monitor.set_phase(kind_of)
-
-            def save() -> None:
-                logs.flush()
-                with timed("writing a checkpoint"):
-                    bucket_sync.copy()  # a run resumed from here has its log up to here
-                    saved = phases.trainer.checkpoint_state(state)
-                    watched = experiment.divergence.action != "off"
-                    own = {"divergence": monitor.state()} if watched else {}
-                    checkpoints.save(step, saved, phases.data_state() | own)
-                goodput.record(step, force=True)
-
-            def evaluate() -> None:
-                logs.flush()
-                with timed("evaluating"):
-                    try:
-                        metrics = phases.evaluations.metrics(state)
-                    except TrainingError:  # of an evaluation of the user
-                        save()
-                        raise
-                    logs.write({"step": step} | {f"eval/{k}": v for k, v in metrics.items()})
-                logs.restart_clock()
-
-            def roll_back() -> None:
-                nonlocal state, step, unsaved, checkpoint_schedule
-                timed.step = step
-                goodput.record(step, force=True)
-                with timed("rolling back"):
-                    checkpoints.wait()
-                    logs.write(*checkpoints.finished())
-                    position = phases.batches.get_state()
-                    saved = checkpoints.steps()
-                    try:
-                        plan = plan_rollback(monitor, saved, step, total, phases.number, position)
-                    except TrainingError as error:
-                        logs.alert(Divergence(step, str(error), "stop"))
-                        raise
-                    log.warning(plan.description())
-                    logs.alert(Divergence(step, plan.reason, "roll_back", plan.step))
-                    write_rollback(run, plan)
-                    for array in jax.tree.leaves(state):  # make room for that of the checkpoint
-                        array.delete()
-                    state = phases.start(checkpoints, length, total)
-                timed.step = step = int(state.step)
-                unsaved = False
-                logs.roll_back(step)
-                goodput.record(step, force=True)
-                log_phase()
-                monitor.restore(phases.divergence)
-                checkpoint_schedule = CheckpointSchedule(experiment, step, total)
-
-            closed = unsaved = False
-            log_phase()
-            monitor.restore(phases.divergence)
-            if phases.evaluations and step == 0 and experiment.init_from is not None:
-                evaluate()  # baseline before training
-            # Steps of the sync point of all processes may only rise.
-            while (step < total or monitor.diverged) and not interrupted.at(step + monitor.skipped):
-                if monitor.diverged:
-                    roll_back()
+    active, closed = ActiveRun(run, timed, length), False
+    progress.phases = active.phases
+    with active.recording():
+        with active.training():
+            active.evaluate_baseline()
+            while active.goes_on():
+                if active.diverged:
+                    active.roll_back()
                     continue
-                while phases.begins_next(step):
-                    logs.flush()
-                    with timed("changing the phase"):
-                        state = phases.begin_next(state)
-                    log_phase()
-                    monitor.clear()
-                profiler.before(step, state)
-                with timed(DATA):
-                    batch = phases.trainer.place(next(phases.batches))
-                with timed(STEP):
-                    image_size = image_size_at(phases.experiment, step, total)
-                    state, metrics = phases.trainer.step_at(image_size)(state, batch)
-                step += 1
-                with timed(DEVICE):
-                    logs.step(step, metrics)
-
-                ends = step == phases.end
-                evaluates = is_scheduled(step, total, experiment.eval_every)
-                unsaved |= checkpoint_schedule.is_scheduled(step, checkpoints.writing)
-                unsaved |= rolls_back and step == experiment.divergence.first_checkpoint
-                if unsaved or ends or evaluates or step == total:
-                    with timed(DEVICE):
-                        logs.flush()
-                if phases.evaluations and (evaluates or (ends and experiment.eval_every)):
-                    evaluate()
-                logs.write(*checkpoints.finished())
-                if ends or (unsaved and not (rolls_back and monitor.first)):
-                    save()
-                    unsaved = False
-                timed.step = step
+                active.begin_phases()
+                batch = active.next_batch()
+                metrics = active.train_step(batch)
+                active.log_step(metrics)
+                if active.evaluates:
+                    active.evaluate()
+                active.log_checkpoints()
+                if active.saves:
+                    active.save()
+                timed.step = active.step
                 if not closed:
                     try:
                         with timed("in the body of the loop"):
-                            yield state, metrics
+                            yield active.state, metrics
                     except GeneratorExit:  # `close`
                         closed = True
-                        interrupted.request()
-            if step < total:
-                log.info(interrupted.announce(step, checkpoints.seconds, checkpoints.newest))
-            save()
-            own: dict[str, float] = {}
-            if step == total:
-                with timed("evaluating"):
-                    own = phases.evaluations.own_metrics(state)
-                if own:
-                    logs.write({"step": step} | {f"eval/{k}": v for k, v in own.items()})
-            with timed("waiting for the last checkpoint"):
-                checkpoints.wait()
-                logs.write(*checkpoints.finished())
-        log.info(timed.summary())
-        if bad_samples := phases.batches.bad.report():
-            log.warning(bad_samples)
-        results: dict[str, float] = {}
-        if step < total:
-            log.info(f"stopped at step {step}; resume with `vlm train --resume {run.folder}`")
-        else:
-            _check_skipped(int(state.skipped), total)
-            with timed("writing the bundle"):
-                bundle = run.export(phases.trainer, state, tokenizer)
-                phases.supervision.save_head(run, phases.trainer, state)
-            with timed("evaluating"):
-                results = _evaluate_at_the_end(run, phases, state, bundle) | own
-        goodput.record(step, force=True)
-        log.info(str(goodput.tally))
-        if step == total:
-            goodput.finish()
-        callbacks.end(results, finished=step == total)
-        progress.result = TrainingResult(run.folder, step, total, results)
-        callbacks.check()
+                        active.stop()
+            active.save_last()
+        progress.result = active.finish()
 
 
 def _open(
@@ -408,32 +245,3 @@ def _open(
 
 def _with_splits(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, data=with_own_splits(experiment.data))
-
-
-def _evaluate_at_the_end(
-    run: Run, phases: RunPhases, state: TrainState, bundle: Bundle
-) -> dict[str, float]:
-    """Write and log the report of a finished run; return its metrics."""
-    evaluations = phases.evaluations
-    if not evaluations:
-        return {}
-    report, results = finish(run, evaluations, state, bundle, phases.credits())
-    if report.results:  # none if all evaluations are the user's
-        log.info(as_text(report))
-    if evaluations.held_out is not None:
-        log.info(f"report {run.folder / 'report.html'}")
-    return results
-
-
-def _check_skipped(skipped: int, total: int) -> None:
-    """Log how many steps were skipped; raise a TrainingError if all were."""
-    if skipped:
-        log.warning(
-            f"{skipped:,} of {total:,} steps were skipped: their loss or gradient was not finite"
-        )
-    if skipped == total:
-        raise TrainingError(
-            f"the loss or its gradient was not finite at any of the {total:,} steps, so the "
-            "model is unchanged: start a new run with a lower --optimizer.learning-rate, or check "
-            "its data"
-        )

@@ -26,7 +26,7 @@ from vlm.inputs.tokenizer import Tokenizer
 from vlm.paths import as_config_error, as_path, replace_text
 from vlm.training.changes import check_changes
 from vlm.training.console import log
-from vlm.training.fewer_devices import CHOSEN, devices_before, fitted
+from vlm.training.fewer_devices import DEVICE_FIELDS, devices_before, fitted
 from vlm.training.history import FILE, history_text, read_history
 from vlm.training.preflight import check_folder, check_same_everywhere
 from vlm.training.step import Trainer, TrainState
@@ -101,7 +101,7 @@ class Run:
 
     def _devices_before(self) -> int | None:
         """Return the number of devices that the config was chosen for; only process 0 reads it."""
-        if jax.process_index() != 0 or any(name.startswith(CHOSEN) for name in self.changes):
+        if jax.process_index() != 0 or any(name.startswith(DEVICE_FIELDS) for name in self.changes):
             return None
         return devices_before(self.starts())
 
