@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -202,6 +203,34 @@ def test_the_time_of_an_outage_of_the_folder_counts_for_no_host(tmp_path, monkey
         clock.now += 1
         hosts[0].beat()
     assert hosts[0].lost(group) == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a read of a named pipe blocks")
+def test_a_host_whose_read_blocks_stays_alive_for_a_while(tmp_path, monkeypatch):
+    """The pipe stands for a mount that stalls: whoever reads it waits for a writer."""
+    monkeypatch.setattr(elastic, "PERIOD", 0.05)
+    monkeypatch.setattr(elastic, "STALL_LIMIT", 1.5)
+    monkeypatch.setattr(watch, "HEARTBEAT_TIMEOUT", 0.5)
+    pipe, other, alive_at = tmp_path / "pipe", Hosts(epath.Path(tmp_path), 1), []
+    os.mkfifo(pipe)
+
+    def wait_until_lost() -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            other.beat(state="waiting")
+            if other.alive("running") == [0]:
+                alive_at.append(time.monotonic())
+            elif alive_at:
+                break
+            time.sleep(0.05)
+        pipe.write_text("true")
+
+    waiting = threading.Thread(target=wait_until_lost)
+    waiting.start()
+    hosts = Hosts(epath.Path(tmp_path), 0)
+    assert supervisor(hosts, fewest=1, most=1, command=lambda: [pipe.read_text()]).run() == 0
+    waiting.join()
+    assert 1.0 < alive_at[-1] - alive_at[0] < 30
 
 
 def test_why_a_run_does_not_fit_is_found_once_for_a_start(tmp_path):

@@ -2,7 +2,8 @@
 
 The supervisors meet in a folder that all hosts share, so any host may die, even the coordinator.
 Each writes a record once a second. The waiting host of the lowest number forms the next group: the
-hosts that train together, and the address of their coordinator.
+hosts that train together, and the address of their coordinator. The page `docs/howto/multi_host.md`
+has a diagram.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,7 @@ from vlm.paths import replace_text, storage_error_reason
 T = TypeVar("T")
 PERIOD = 1.0  # seconds between two records of a host
 KILL_DELAY = 5.0  # seconds that a process has to report the death of another, before it is killed
+STALL_LIMIT = 600.0  # seconds for which a read of a shared file may block, before its host is lost
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -66,14 +69,35 @@ class Hosts:
         self._changed: dict[int, float] = {}  # time of each record's last change; none before it
         self._exchanged = time.monotonic()  # time of the last exchange of records
         self._failure = ""  # of the folder, that was logged last
+        self._writing = threading.Lock()
+        self._beaten = time.monotonic()  # time of the last call of `beat`
 
     def beat(self, **changes: Any) -> None:
         """Write the record of this host, and read those of the others and the newest group.
 
         A failure of the folder is logged; then the records stay as they are.
         """
-        self.own |= changes | {"beat": self.own["beat"] + 1}
+        self._beaten = time.monotonic()
+        with self._writing:
+            self.own |= changes
         self.attempt(None, self._exchange)
+
+    @contextlib.contextmanager
+    def heartbeat(self) -> Iterator[None]:
+        """Write the record of this host from a thread, too, while a read of a file blocks."""
+        over = threading.Event()
+
+        def keep_writing() -> None:
+            while not over.wait(PERIOD):
+                if 2 * PERIOD < time.monotonic() - self._beaten < STALL_LIMIT:
+                    with contextlib.suppress(Exception):  # `beat` reports it
+                        self._write()
+
+        threading.Thread(target=keep_writing, name="vlm-elastic-heartbeat", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def attempt(self, default: T, action: Callable[..., T], *arguments: Any) -> T:
         """Return the result of an action; if the folder fails, log that and return `default`."""
@@ -98,8 +122,13 @@ class Hosts:
                 "readable and writable, and start again"
             )
 
+    def _write(self) -> None:
+        with self._writing:
+            self.own["beat"] += 1
+            replace_text(self.folder / f"host-{self.host}.json", json.dumps(self.own))
+
     def _exchange(self) -> None:
-        replace_text(self.folder / f"host-{self.host}.json", json.dumps(self.own))
+        self._write()
         paths = self.folder.glob("host-*.json")
         found = {int(path.stem.removeprefix("host-")): _read(path) for path in paths}
         self.newest = self.newest_group()
@@ -202,8 +231,8 @@ class Supervisor:
             ConfigError: too few hosts came, the run failed too often, or the shared folder cannot
                 be used.
         """
-        restarts, progress = 0, self.hosts.attempt(None, self.progress)
-        with self._forwarded_signals():
+        with self._forwarded_signals(), self.hosts.heartbeat():
+            restarts, progress = 0, self.hosts.attempt(None, self.progress)
             while (group := self._join()) is not None:
                 self._train(group)
                 code = self._outcome(group)
