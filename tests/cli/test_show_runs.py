@@ -72,6 +72,26 @@ def test_each_status_is_told(place):
     assert "the disk &lt;b&gt;is full&lt;/b&gt;" in html
 
 
+def test_a_run_whose_step_number_stays_the_same_has_no_new_step(place):
+    """A thread writes `goodput.jsonl` while the main thread hangs, for example in a collective."""
+    hangs, slow = copy(place, "hangs", lines=2), copy(place, "slow", lines=2)
+    rows = [{"step": 20, "compute": 30.0, "data": 0.5} for _ in range(9)]
+    rows += [{"step": 21, "evaluation": 400.0}]  # most of it before the last step
+    for run, own in ((hangs, [*rows, *[{**rows[0], "step": 21}] * 6]), (slow, rows)):
+        with (run / "goodput.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in own)
+    record, other = find_runs([str(hangs), str(slow)])
+    assert (record.status, other.status, other.reason) == ("no new step", "going on", "")
+    assert re.search(r"its step number has been 21 for 0:03:\d\d, since \d{4}-", record.reason)
+    assert '"compute"' in record.reason
+    starts = copy(place, "starts", lines=1)
+    with (starts / "goodput.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 0, "start": 200.0}) + "\n")
+    (record,) = find_runs([str(starts)])
+    assert record.status == "no new step"
+    assert '"start"' in record.reason
+
+
 def test_a_page_has_the_curves_and_fetches_nothing(place, tmp_path, capsys):
     out = tmp_path / "page.html"
     runs((str(place / "first"),), out=str(out))

@@ -92,6 +92,22 @@ def test_time_is_recorded_while_a_step_lasts(tmp_path, monkeypatch):
     assert min(tally.seconds.values()) >= 0
 
 
+def test_lines_of_the_thread_have_the_step_of_the_main_thread(tmp_path, monkeypatch):
+    """The log is some steps behind, and its lines never seem to go back."""
+    monkeypatch.setattr(watchdog, "STALL_WARNING", 0.2)
+    folder = as_path(tmp_path)
+    with ActivityTimer() as timed, GoodputLog(folder, folder, timed, 0) as log:
+        log.record(1, force=True)
+        timed.step = 7
+        while rows_of(folder)[-1]["step"] < 7:
+            time.sleep(0.02)
+        before = len(rows_of(folder))
+        while len(rows_of(folder)) == before:
+            log.record(5)
+    assert {row["step"] for row in rows_of(folder)[before:]} == {7}
+    assert TimeTally(rows_of(folder)).seconds["lost"] == 0
+
+
 @pytest.mark.untyped
 def test_a_failed_and_a_stopped_run_say_how_they_ended(tiny, tmp_path):
     class Broken(vlm.callbacks.Callback):

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from vlm.training import goodput, history
 # Seconds without a new line after which the process of a run may be gone: while it lives, it writes
 # to goodput.jsonl every half a minute, whatever it does.
 _SILENT = 150.0
+# Seconds without a new step after which that is a status of its own.
+_SLOW = 150.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,17 @@ class RunRecord:
         """Time by purpose, over all starts."""
         return goodput.TimeTally(self.times)
 
+    @functools.cached_property
+    def step_times(self) -> dict[str, float]:
+        """Seconds by purpose since the step number last changed, up to the last line."""
+        seconds = dict.fromkeys(goodput.PURPOSES, 0.0)
+        for before, row in reversed(list(itertools.pairwise(self.times))):
+            if before["step"] != row["step"] or "began" in row:
+                break
+            for name in seconds:
+                seconds[name] += row.get(name, 0.0)
+        return seconds
+
     @property
     def status(self) -> str:
         """Status of the run: one of those listed in vlm/docs/howto/operate.md."""
@@ -115,7 +129,14 @@ class RunRecord:
             return end["end"]
         if self.quiet is None:
             return "not started"
-        return "going on" if self.quiet < _SILENT else "no heartbeat"
+        if self.quiet >= _SILENT:
+            return "no heartbeat"
+        return "going on" if self._since_step < _SLOW else "no new step"
+
+    @property
+    def _since_step(self) -> float:
+        """Seconds since the step number of a run that goes on last changed."""
+        return sum(self.step_times.values()) + (self.quiet or 0.0)
 
     @property
     def reason(self) -> str:
@@ -132,6 +153,15 @@ class RunRecord:
                 f"Its process has written nothing for {silent}: it was killed, hangs, or is being "
                 "resumed. Two processes would damage the run, so check on its hosts that none is "
                 f"left before vlm train --resume {self.folder}"
+            )
+        if status == "no new step":
+            time_ago = datetime.timedelta(seconds=round(self._since_step))
+            since = datetime.datetime.now().astimezone() - time_ago
+            purpose = max(self.step_times, key=self.step_times.__getitem__)
+            return (
+                f"Its process is alive, and its step number has been {self.times[-1]['step']:,} "
+                f"for {time_ago}, since {since:%Y-%m-%d %H:%M:%S %z} (goodput counts most of this "
+                f'time as "{purpose}"): it compiles, evaluates, takes long steps, or hangs'
             )
         if status == "stopped":
             return f"Resume it with vlm train --resume {self.folder}"

@@ -33,9 +33,10 @@ class GoodputLog:
     """Appends the time of this process to the file of the run; only process 0 writes.
 
     As a context, it also appends lines while a step or another activity lasts, from the thread of
-    `activity`. So the file grows while the process lives. At its end it appends the rest of the
-    time, and how the run ended: "finished", "stopped" before its last step, or "failed" with an
-    `error`. A killed process has no such line.
+    `activity`. So the file grows while the process lives, and if the main thread hangs, the step of
+    its lines stays the same. At its end it appends the rest of the time, and how the run ended:
+    "finished", "stopped" before its last step, or "failed" with an `error`. A killed process has
+    no such line.
 
     Args:
         folder: run folder, whose lines so far are read.
@@ -69,7 +70,7 @@ class GoodputLog:
             kind_of = "" if isinstance(error, VlmError) else f"{kind.__name__}: "
             self._end = {"end": "failed", "error": kind_of + first_line(error)}
         self._activity.heartbeat = None
-        self.record(self._activity.step, force=True)
+        self.record(self._reached, force=True)
         with self._recording:
             self._close()
 
@@ -87,16 +88,24 @@ class GoodputLog:
         """Append a line for the time up to now, in which the run came to `step`.
 
         The first one ends the start of the run. Without `force`, it is only appended if the last
-        line is long ago.
+        line is long ago, and its step is that of the last line if that is later.
         """
         with self._recording:
+            step = step if force else max(step, self._step)
             if self._add(step, force):
                 self._step, self._starting = step, False
 
     def _beat(self) -> None:
         """Append a line for the time up to now, if the last line is long ago, in any thread."""
         with self._recording, contextlib.suppress(OSError):  # `record` raises it, too
-            self._add(self._step, False)
+            step = self._reached
+            if self._add(step, False):
+                self._step = step
+
+    @property
+    def _reached(self) -> int:
+        """The step that the run has come to; logs are some steps behind it."""
+        return max(self._step, self._activity.step)
 
     def _add(self, step: int, force: bool) -> bool:
         now, spent = time.monotonic(), self._spent()
