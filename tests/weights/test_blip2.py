@@ -89,11 +89,33 @@ def test_one_vector_of_an_image_is_refused(blip2, golden, tmp_path):
         vlm.Experiment(name="x", model=blip2.config)
 
 
-def test_evaluation_is_refused_with_what_works(blip2, golden):
-    task = vlm.ZeroShotTask(golden[0], TEXTS, [0, 1, 2], vlm.DataInfo("noise"))
-    for model in (blip2, DistributedModel(blip2)):
-        with pytest.raises(ConfigError, match="task 'zero-shot' compares one vector of an image"):
-            vlm.evaluation.evaluate(model, [task])
+def test_evaluations_take_the_largest_cosine(blip2, golden):
+    """Ranks and choices follow from transformers' scores, which are cosines: there is no scale."""
+    images, scores = golden
+    own, best = scores[np.arange(3), np.arange(3)], scores.argmax(axis=1)
+    data = vlm.DataInfo("noise")
+    tasks = [
+        vlm.ZeroShotTask(images, TEXTS, [0, 1, 2], data),
+        vlm.RetrievalTask(images, TEXTS, data),
+        vlm.SelectionTask([images], [TEXTS], data),
+        vlm.evaluation.MultilabelTask(images, TEXTS, np.eye(3, dtype=bool), data),
+    ]
+    zero_shot, retrieval, selection, multilabel = vlm.evaluation.evaluate(blip2, tasks).results
+    by_image = (scores > own[:, None]).sum(axis=1)
+    by_text = (scores > own[None, :]).sum(axis=0)
+    assert len({*by_image, *by_text}) > 1
+    assert zero_shot.samples["rank"].tolist() == by_image.tolist()
+    assert zero_shot.samples["predicted"].tolist() == best.tolist()
+    assert retrieval.samples["rank"].tolist() == [*by_image, *by_text]
+    assert retrieval.samples["found"].tolist() == [*best, *scores.argmax(axis=0)]
+    found = [*scores.max(axis=1), *scores.max(axis=0)]
+    assert np.abs(retrieval.samples["score"] - found).max() < 5e-6
+    assert selection.metrics["text_acc"].value == float((by_image == 0).all())
+    assert selection.metrics["image_acc"].value == float((by_text == 0).all())
+    precision = (1 / (1 + by_text)).mean()  # of the one right image of each text
+    assert multilabel.metrics["mean_average_precision"].value == pytest.approx(precision)
+    again = vlm.evaluation.evaluate(DistributedModel(blip2), tasks[:2])
+    assert again["retrieval"].metrics == retrieval.metrics
 
 
 def test_wrapped_models_keep_the_vectors(blip2, golden):

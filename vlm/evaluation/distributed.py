@@ -23,7 +23,10 @@ def distributed(model: Encoder) -> Encoder:
 
 
 class DistributedModel:
-    """A model whose images and texts are embedded by all processes of the run."""
+    """A model whose images and texts are embedded by all processes of the run.
+
+    With several vectors of an image (BLIP-2), each process embeds all images.
+    """
 
     def __init__(self, model: Encoder):
         self._model, self.name = model, model.name

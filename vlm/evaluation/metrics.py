@@ -3,8 +3,11 @@
 All are pure functions of embeddings, so they can be computed during training. They are based on the
 *rank* of a query's best correct answer: the number of wrong answers that score at least as high. A
 tie counts against the model, so a collapsed encoder scores zero, not chance or 100%.
+
+An image may have several vectors (BLIP-2): its cosine with a text is that of the most similar one.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ QUERY_BLOCK, KEY_BLOCK = 1024, 8192
 
 
 def zero_shot_metrics(
-    z_image: Float[np.ndarray, "n d"],
+    z_image: Float[np.ndarray, "n *v d"],
     z_captions: Float[np.ndarray, "m d"],
     target: Int[np.ndarray, " n"],
     ks: Sequence[int] = (1, 5),
@@ -47,7 +50,7 @@ def zero_shot_metrics(
 
 
 def pair_retrieval_metrics(
-    z_image: Float[np.ndarray, "n d"],
+    z_image: Float[np.ndarray, "n *v d"],
     z_text: Float[np.ndarray, "m d"],
     positives: Int[np.ndarray, "p 2"] | None = None,
     ks: Sequence[int] = (1, 5, 10),
@@ -88,12 +91,12 @@ class RetrievalRanks(NamedTuple):
     queries: Int[np.ndarray, " q"]
     ranks: Int[np.ndarray, " q"]
     clusters: Int[np.ndarray, " q"]
-    z_query: Float[np.ndarray, "q d"]
-    z_key: Float[np.ndarray, "m d"]
+    z_query: Float[np.ndarray, "q *v d"]
+    z_key: Float[np.ndarray, "m *w d"]
 
 
 def retrieval_ranks(
-    z_image: Float[np.ndarray, "n d"],
+    z_image: Float[np.ndarray, "n *v d"],
     z_text: Float[np.ndarray, "m d"],
     positives: Int[np.ndarray, "p 2"] | None = None,
 ) -> list[RetrievalRanks]:
@@ -120,7 +123,7 @@ def retrieval_ranks(
 
 
 def selection_hits(
-    z_image: Float[np.ndarray, "n i d"], z_text: Float[np.ndarray, "n c d"]
+    z_image: Float[np.ndarray, "n i *v d"], z_text: Float[np.ndarray, "n c d"]
 ) -> dict[str, Bool[np.ndarray, " n"]]:
     """Return for each instance whether every choice is correct; image j belongs to caption j.
 
@@ -133,14 +136,20 @@ def selection_hits(
         DataError: other shapes, or non-finite embeddings.
     """
     z_image, z_text = np.asarray(z_image, np.float32), np.asarray(z_text, np.float32)
-    if z_image.ndim != 3 or z_text.ndim != 3 or len(z_image) != len(z_text) or not z_image.size:
+    if (
+        z_image.ndim not in (3, 4)
+        or z_text.ndim != 3
+        or len(z_image) != len(z_text)
+        or not z_image.size
+    ):
         raise DataError(
             f"images of shape {z_image.shape} and captions of {z_text.shape}: give the same "
             "number of instances, (n, images, d) and (n, captions, d)"
         )
     if not (np.isfinite(z_image).all() and np.isfinite(z_text).all()):
         raise DataError("embeddings have values that are not finite: check the model's weights")
-    scores = np.einsum("nid,ncd->nic", z_image, z_text)
+    scores = np.einsum("ni...d,ncd->nic...", z_image, z_text)
+    scores = scores.max(axis=3) if scores.ndim == 4 else scores
     count = min(scores.shape[1:])
     own = np.einsum("njj->nj", scores[:, :count, :count])
     # The number of choices at least as near: 1, the correct one itself, for a hit.
@@ -156,7 +165,7 @@ def selection_metrics(hits: Mapping[str, Bool[np.ndarray, " n"]]) -> dict[str, M
 
 
 def caption_ranks(
-    z_image: Float[np.ndarray, "n d"],
+    z_image: Float[np.ndarray, "n *v d"],
     z_captions: Float[np.ndarray, "m d"],
     target: Int[np.ndarray, " n"],
     names: Sequence[str] | None = None,
@@ -183,8 +192,8 @@ def caption_ranks(
 
 
 def best_ranks(
-    z_query: Float[np.ndarray, "q d"],
-    z_key: Float[np.ndarray, "m d"],
+    z_query: Float[np.ndarray, "q *v d"],
+    z_key: Float[np.ndarray, "m *w d"],
     pairs: Int[np.ndarray, "p 2"],
 ) -> Int[np.ndarray, " q"]:
     """Count for each query the wrong keys that score at least as high as its best correct key.
@@ -199,10 +208,10 @@ def best_ranks(
     Raises:
         DataError: widths that disagree or an index out of range.
     """
-    if z_query.shape[1] != z_key.shape[1]:
+    if (width := z_query.shape[-1]) != z_key.shape[-1]:
         raise DataError(
-            f"embeddings of {z_query.shape[1]} and {z_key.shape[1]} dimensions cannot be compared: "
-            "encode both with the same model"
+            f"embeddings of {width} and {z_key.shape[-1]} dimensions cannot be compared: encode "
+            "both with the same model"
         )
     pairs = _pairs(pairs)
     for column, size in ((0, len(z_query)), (1, len(z_key))):
@@ -216,7 +225,7 @@ def best_ranks(
     best = np.full(len(z_query), -np.inf, np.float32)
     for start in range(0, len(pairs), KEY_BLOCK):
         query, key = pairs[start : start + KEY_BLOCK].T
-        np.maximum.at(best, query, np.einsum("pd,pd->p", z_query[query], z_key[key]))
+        np.maximum.at(best, query, _pair_cosines(z_query[query], z_key[key]))
 
     ranks = np.full(len(z_query), -1, np.int64)
     for q in range(0, len(z_query), QUERY_BLOCK):
@@ -225,12 +234,33 @@ def best_ranks(
         query, key = pairs[first:last].T
         rivals = np.zeros(len(best[rows]), np.int64)
         for k in range(0, len(z_key), KEY_BLOCK):
-            tile = z_query[rows] @ z_key[k : k + KEY_BLOCK].T
+            tile = similarities(z_query[rows], z_key[k : k + KEY_BLOCK])
             here = (key >= k) & (key < k + KEY_BLOCK)
             tile[query[here] - q, key[here] - k] = -np.inf  # correct answers are not rivals
             rivals += (tile >= best[rows, None] - TIE).sum(axis=1)
         ranks[rows] = np.where(np.isfinite(best[rows]), rivals, -1)
     return ranks
+
+
+def similarities(
+    z_query: Float[np.ndarray, "q *v d"], z_key: Float[np.ndarray, "m *w d"]
+) -> Float[np.ndarray, "q m"]:
+    """Compute cosines of queries and keys; one of them may have several vectors each."""
+    if z_key.ndim == 3:
+        return similarities(z_key, z_query).T
+    if z_query.ndim == 3:
+        parts = (z_query[:, i] @ z_key.T for i in range(z_query.shape[1]))
+        return functools.reduce(np.maximum, parts)
+    return z_query @ z_key.T
+
+
+def _pair_cosines(z_query: np.ndarray, z_key: np.ndarray) -> np.ndarray:
+    """Compute the cosine of each row of `z_query` with the same row of `z_key`."""
+    if z_key.ndim == 3:
+        return _pair_cosines(z_key, z_query)
+    if z_query.ndim == 3:
+        return np.einsum("pvd,pd->pv", z_query, z_key).max(axis=1)
+    return np.einsum("pd,pd->p", z_query, z_key)
 
 
 def clusters(pairs: Int[np.ndarray, "p 2"], queries: int, keys: int) -> Int[np.ndarray, " queries"]:
@@ -244,11 +274,11 @@ def clusters(pairs: Int[np.ndarray, "p 2"], queries: int, keys: int) -> Int[np.n
 
 
 def _embeddings(z: np.ndarray, name: str) -> np.ndarray:
-    """Convert `z` to float32 (n, d), or raise a DataError."""
+    """Convert `z` to float32 (n, d) or (n, v, d), or raise a DataError."""
     z = np.asarray(z, np.float32)
-    if z.ndim != 2 or not z.size:
+    if z.ndim not in (2, 3) or not z.size:
         raise DataError(f"{name} must be (n, d) and not empty, not of shape {z.shape}")
-    finite = np.isfinite(z).all(axis=1)
+    finite = np.isfinite(z).all(axis=tuple(range(1, z.ndim)))
     if not finite.all():
         raise DataError(
             f"{name} has {(~finite).sum()} of {len(z)} rows that are not finite, the first at "

@@ -26,7 +26,6 @@ from vlm.evaluation.intervals import Metric, caveat
 from vlm.evaluation.tasks import DataInfo, Task
 from vlm.heads.encoder import Encoder
 from vlm.heads.templates import describe_templates
-from vlm.heads.token_embeddings import multi_vector_bundle
 
 FORMAT, VERSION = "vlm evaluation report", 1
 LIBRARIES = ("jax", "flax", "numpy", "pillow", "tokenizers")
@@ -213,17 +212,7 @@ def evaluate(model: Encoder, tasks: Iterable[Task]) -> Report:
 
 
 def measure(model: Encoder, task: Task) -> Result:
-    """Measure one task, with its samples.
-
-    Raises:
-        ConfigError: a model of several vectors of an image (BLIP-2), since tasks compare one.
-    """
-    if (bundle := multi_vector_bundle(model)) is not None:
-        raise ConfigError(
-            f"task {task.name!r} compares one vector of an image, and {model.name} makes "
-            f"{bundle.config.vision.vectors}: evaluate another model, or classify images with "
-            "vlm.ZeroShotClassifier and search them with vlm.heads.MultiVectorIndex"
-        )
+    """Measure one task, with its samples."""
     start = time.perf_counter()
     measured = task.measure(model)
     seconds = time.perf_counter() - start

@@ -22,9 +22,11 @@ from vlm.evaluation.metrics import (
     retrieval_ranks,
     selection_hits,
     selection_metrics,
+    similarities,
 )
 from vlm.heads.encoder import Encoder
 from vlm.heads.prompts import TEMPLATES, check_templates, class_embeddings, label_prompts
+from vlm.heads.token_embeddings import image_vectors
 from vlm.heads.zero_shot import to_scores
 
 BLOCK = 1024  # images per matrix product
@@ -152,7 +154,7 @@ class ZeroShotTask(_ClassTask):
             names = list(self.names or self.captions)
             z_captions = class_embeddings(model, self.prompts)
         images, target = Hashing(self.images), np.asarray(self.target)
-        z_image = np.asarray(model.encode_image(images), np.float32)
+        z_image = image_vectors(model, images)
         ranks = caption_ranks(z_image, z_captions, target, names)
         metrics = {f"top{k}": hit_rate(ranks, k) for k in self.ks}
         rows = np.arange(len(target))
@@ -212,8 +214,8 @@ class MultilabelTask(_ClassTask):
         """Measure `mean_average_precision`."""
         z_captions = class_embeddings(model, self.prompts)
         images = Hashing(self.images)
-        z_image = np.asarray(model.encode_image(images), np.float32)
-        metric = mean_average_precision(z_image @ z_captions.T, self.relevant)
+        z_image = image_vectors(model, images)
+        metric = mean_average_precision(similarities(z_image, z_captions), self.relevant)
         ranks = best_ranks(z_image, z_captions, np.argwhere(self.relevant))
         rows = np.flatnonzero(ranks >= 0)  # images that show a class
         samples = {"query": rows, "rank": ranks[rows], "cluster": rows}
@@ -257,7 +259,7 @@ class RetrievalTask:
         """Measure `image_to_text_R@1`, ..., `text_to_image_R@10`."""
         z_text = np.asarray(model.encode_text(list(self.texts)), np.float32)
         images = Hashing(self.images)
-        z_image = np.asarray(model.encode_image(images), np.float32)
+        z_image = image_vectors(model, images)
         pairs = None if self.positives is None else np.asarray(self.positives)
         directions = retrieval_ranks(z_image, z_text, pairs)
         metrics, parts = {}, []
@@ -304,14 +306,14 @@ class SelectionTask:
         """Measure `image_acc`, `text_acc` and `acc`."""
         count, texts = len(self.texts), [text for own in self.texts for text in own]
         images = Hashing(image for own in self.images for image in own)
-        z_image = np.asarray(model.encode_image(images), np.float32)
+        z_image = image_vectors(model, images)
         z_text = np.asarray(model.encode_text(texts), np.float32)
         if not count or len(z_image) % count or len({len(own) for own in self.texts}) > 1:
             raise ConfigError(
                 f"{self.data}: {count} instances with {len(z_image)} images and {len(z_text)} "
                 "captions: give each the same number of both"
             )
-        hits = selection_hits(*(z.reshape(count, -1, z.shape[1]) for z in (z_image, z_text)))
+        hits = selection_hits(*(z.reshape(count, -1, *z.shape[1:]) for z in (z_image, z_text)))
         rows = np.arange(count)
         samples = {"query": rows, "cluster": rows, "rank": 1 - hits["acc"].astype(np.int64), **hits}
         return Measured(selection_metrics(hits), samples, images.digest(), digest(texts))
@@ -325,7 +327,7 @@ def _nearest(z_query: np.ndarray, z_key: np.ndarray) -> tuple[np.ndarray, np.nda
     nearest, score = np.empty(len(z_query), np.int64), np.empty(len(z_query), np.float32)
     for start in range(0, len(z_query), BLOCK):
         block = slice(start, start + BLOCK)
-        cosines = z_query[block] @ z_key.T
+        cosines = similarities(z_query[block], z_key)
         nearest[block], score[block] = cosines.argmax(axis=1), cosines.max(axis=1)
     return nearest, score
 
@@ -337,7 +339,7 @@ def _best(
     predicted, confidence = [], []
     scale, bias = getattr(model, "logit_scale", 1.0), getattr(model, "logit_bias", 0.0)
     for start in range(0, len(z_image), BLOCK):
-        logits = scale * (z_image[start : start + BLOCK] @ z_captions.T) + bias
+        logits = scale * similarities(z_image[start : start + BLOCK], z_captions) + bias
         predicted.append(logits.argmax(axis=1))
         confidence.append(to_scores(logits, getattr(model, "loss", "softmax")).max(axis=1))
     return np.concatenate(predicted), np.concatenate(confidence)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from vlm.bundle import Bundle
 from vlm.errors import ConfigError
+from vlm.heads.encoder import Encoder
 from vlm.inputs.batches import batch_size_of, pixel_batches
 from vlm.inputs.opening import ImageLike, OnError, one_or_many
 from vlm.nn.naflex import Patches
@@ -30,6 +31,19 @@ def multi_vector_bundle(model: Any) -> Bundle | None:
     """Return the bundle behind a model of several vectors of an image (BLIP-2); None for others."""
     bundle = getattr(model, "bundle", model)  # wrappers, such as DistributedModel, have a bundle
     return bundle if isinstance(bundle, Bundle) and bundle.config.vision.vectors > 1 else None
+
+
+def image_vectors(
+    model: Encoder, images: Iterable[ImageLike], **options: Any
+) -> Float[np.ndarray, "n *v d"]:
+    """Encode images; a model of several vectors of an image (BLIP-2) gives all of each.
+
+    Options are those of `Encoder.encode_image`.
+    """
+    if (bundle := multi_vector_bundle(model)) is None:
+        return np.asarray(model.encode_image(images, **options), np.float32)
+    found = np.asarray(image_tokens(bundle, images, **options), np.float32)
+    return found.reshape(-1, bundle.config.vision.vectors, bundle.embed_dim)
 
 
 def image_tokens(

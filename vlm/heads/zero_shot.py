@@ -21,7 +21,7 @@ from vlm.heads.encoder import Encoder, Rule
 from vlm.heads.inputs import Images
 from vlm.heads.prompts import cached_embeddings, class_prompts, indices, leaves_of
 from vlm.heads.templates import choose_templates
-from vlm.heads.token_embeddings import image_tokens, multi_vector_bundle
+from vlm.heads.token_embeddings import image_vectors
 from vlm.inputs.opening import OnError, one_or_many
 
 Embeddings = np.ndarray | Array
@@ -437,9 +437,8 @@ def encode_images(
     if on_error is not None:
         options["on_error"] = skip
     everything = remember_first(itertools.chain(head, stream))
-    if multi_vector and (bundle := multi_vector_bundle(model)) is not None:
-        found = np.asarray(image_tokens(bundle, everything, **options))
-        z_image = found.reshape(-1, bundle.config.vision.vectors, bundle.embed_dim)
+    if multi_vector:
+        z_image = image_vectors(model, everything, **options)
     else:
-        z_image = model.encode_image(everything, **options)
-    return np.asarray(z_image, np.float32), tuple(first.values())
+        z_image = np.asarray(model.encode_image(everything, **options), np.float32)
+    return z_image, tuple(first.values())
