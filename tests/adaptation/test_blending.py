@@ -100,6 +100,22 @@ def test_a_sweep_begins_and_ends_at_the_models(start, tuned, task):
     assert "in at alpha 0.5: " in drawing
 
 
+def test_only_the_matryoshka_sizes_of_all_models_remain(start, tuned, tmp_path):
+    sizes = {"a": (4, 8), "b": (8, 12)}
+    models = []
+    for model, name in ((start, "a"), (tuned, "b")):
+        copy = model.with_parameters(nnx.state(model.model), name)
+        copy.model.config = dataclasses.replace(model.config, matryoshka=sizes[name])
+        models.append(copy)
+    half = blend(*models)
+    half.save(tmp_path / "half")
+    assert half.config.matryoshka == load(tmp_path / "half").config.matryoshka == (8,)
+    assert blend(*models, 0.0).config.matryoshka == (4, 8)
+    assert soup([models[1], start]).config.matryoshka == ()
+    for ours, theirs in zip(leaves(half), leaves(blend(start, tuned)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_what_differs_is_named(start, tuned):
     c = start.config
     other = vlm.config.ModelConfig(

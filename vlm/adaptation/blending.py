@@ -22,15 +22,16 @@ from vlm.heads.encoder import Encoder
 
 # The score of a model on a task is the mean of those of these metrics that the task has.
 HEADLINE = ("top1", "image_to_text_R@1", "text_to_image_R@1", "acc")
-# Fields that a loaded model ignores.
-OF_TRAINING = ("dropout", "patch_dropout", "init_scale", "init_bias")
+# Fields that change no embedding of a loaded model.
+OF_TRAINING = ("dropout", "patch_dropout", "init_scale", "init_bias", "matryoshka")
 
 
 def blend(a: Bundle, b: Bundle, alpha: float = 0.5) -> Bundle:
     """Interpolate all parameters: (1 - alpha) of `a` plus alpha of `b`.
 
     If `b` is fine-tuned from `a`, this is WiSE-FT (arXiv:2109.01903). Alpha 0 is exactly `a`, and 1
-    exactly `b`. Running statistics of batch norms are interpolated too.
+    exactly `b`. Running statistics of batch norms are interpolated too. The result lists the
+    Matryoshka sizes that both list.
 
     Raises:
         ConfigError: an alpha outside 0 to 1, or models that differ in more than their parameters;
@@ -156,5 +157,8 @@ def _average(models: Sequence[Bundle], weights: Sequence[float], name: str) -> B
 
     first, *others = (nnx.state(m.model) for m, _ in pairs)
     mixed = models[0].with_parameters(jax.tree.map(mean, first, *others), name)
+    listed = [m.config.matryoshka for m, _ in pairs]
+    sizes = tuple(size for size in listed[0] if all(size in own for own in listed))
+    mixed.model.config = dataclasses.replace(mixed.config, matryoshka=sizes)
     mixed.templates = next((model.templates for model in models if model.templates), ())
     return mixed
