@@ -215,6 +215,16 @@ def is_outage(error: Exception) -> bool:
     return reason is not None and reason not in _MEANINGS.values()
 
 
+def caused_by_outage(error: BaseException | None) -> bool:
+    """Whether an error, or one of those that it was raised for, is an outage that may pass."""
+    while error is not None:
+        known = isinstance(error, OSError) and error.errno is not None and is_outage(error)
+        if known or getattr(error, "retriable", False):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def keep_compiled_programs() -> None:
     """Enable JAX's compilation cache in the cache folder, unless the user has configured one.
 

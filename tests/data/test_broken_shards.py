@@ -6,9 +6,11 @@ import http.server
 import io
 import itertools
 import json
+import os
 import pickle
 import shutil
 import subprocess
+import sys
 import tarfile
 import threading
 
@@ -17,6 +19,8 @@ import pytest
 from kinds import PREPROCESS, TOKENIZER, members, write_tar
 
 from vlm.cli import main
+from vlm.cluster import watch
+from vlm.cluster.watch import is_retriable
 from vlm.config import DataConfig, MixturePart
 from vlm.data import storage
 from vlm.data.example_reader import ExampleReader
@@ -304,6 +308,52 @@ def test_only_a_server_that_says_so_has_no_such_shard(server, access, status, ki
     assert len(good) == 15
     assert fault.kind == kind
     assert fault.samples == 5
+
+
+def read_batches(config: DataConfig, count: int) -> None:
+    batches = train_batches(config, PREPROCESS, TOKENIZER, batch_size=4, seed=0)
+    for _ in range(count):
+        next(batches)
+
+
+@pytest.mark.parametrize("access", ["random", "stream"])
+@pytest.mark.parametrize(("status", "retriable"), [(503, True), (403, False), (404, False)])
+def test_an_outage_is_retriable(server, access, status, retriable):
+    """Of the whole server when the data is opened, or of one shard later."""
+    server.files = {f"/{n}.tar": tar_bytes(range(5 * n, 5 * n + 5)) for n in range(4)}
+    changes = {"interleave": 2} if access == "stream" else {}
+    config = dataclasses.replace(
+        FIELDS, source=f"{server.url}/{{0..3}}.tar", access=access, **changes
+    )
+    server.status = status
+    for broken in (range(4), [2]):
+        server.failures = {f"/{n}.tar": 10**6 for n in broken}
+        with pytest.raises(DataError) as error:
+            read_batches(config, 40)
+        assert is_retriable(error.value) is retriable
+    assert isinstance(error.value, TooManyBad)
+    assert pickle.loads(pickle.dumps(error.value)).retriable is retriable
+    assert ("resume when the storage responds" in str(error.value)) is retriable
+
+
+@pytest.mark.slow
+def test_the_supervisor_is_told_of_an_outage(server):
+    server.files, server.failures = {"/0.tar": tar_bytes(range(5))}, {"/0.tar": 10**6}
+    program = f"""
+import vlm
+from vlm.cluster import stop_all_on_failure
+from vlm.data import storage
+from vlm.data.sources import open_source
+storage.BACKOFF = 0.001
+with stop_all_on_failure():
+    open_source(vlm.DataConfig("{server.url}/0.tar", access="random"), "train")
+"""
+    env = os.environ | {watch.SUPERVISED: "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
+    )
+    assert "DataError" in done.stderr
+    assert done.returncode == watch.RETRY
 
 
 def test_a_server_that_is_not_there_is_no_missing_shard(server):

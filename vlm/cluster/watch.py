@@ -15,7 +15,8 @@ from jax._src.distributed import global_state  # its key-value store has no publ
 
 from vlm._deprecation import environment
 from vlm.cluster import report_death
-from vlm.errors import VlmError
+from vlm.errors import DataError, VlmError
+from vlm.paths import caused_by_outage
 
 PERIOD = 1.0  # seconds between heartbeats
 # Seconds without a heartbeat after which a process counts as dead; JAX's own limit is much longer.
@@ -73,6 +74,8 @@ def is_supervised() -> bool:
 
 def is_retriable(error: Exception) -> bool:
     """Whether the same command may succeed after a restart, with no fix by the user."""
+    if isinstance(error, DataError):
+        return caused_by_outage(error)
     return not isinstance(error, VlmError) or error.retriable
 
 

@@ -50,7 +50,8 @@ class ArrayRecordSource:
             with self._opened(number) as records:
                 record = records[row]
         except Exception as error:
-            raise BadSample("failed read", where, f"{where} cannot be read ({error})") from None
+            why = f"{where} cannot be read ({error})"
+            raise BadSample.failed_read(where, why, error) from None
         return parse(record, self._config.image, where)
 
     def _opened(self, number: int) -> contextlib.AbstractContextManager[Any]:

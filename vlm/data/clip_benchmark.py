@@ -106,7 +106,8 @@ class ClipBenchmarkSource(ShardSource):
         super().__init__(index_for(names), names, read)
         self._features = [config.label] if config.label else list(config.captions)
         if self.faults:  # a metric must not be computed on a part of the data
-            raise DataError(f"{self.faults[0]['why']}: fetch it again")
+            fault = BadSample(**self.faults[0])
+            raise DataError(f"{fault}: fetch it again") from fault
 
     def _example(self, group: tar.Group, shard: str, more: dict[str, Any] | None) -> Example:
         where = f"{shard}: {group.key}"

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from vlm.errors import DataError
-from vlm.paths import as_path, is_remote
+from vlm.paths import as_path, caused_by_outage, is_remote
 
 FILE = "bad-samples.jsonl"
 
@@ -28,30 +28,46 @@ class BadSample(DataError):
     """Error for a sample that cannot be used: its `kind`, location and reason.
 
     The unreadable part of a shard is one `BadSample` for `samples` samples, known or estimated.
+    With `outage`, the storage failed, and may be read later.
     """
 
-    def __init__(self, kind: str, where: str, why: str, samples: int = 1):
+    def __init__(self, kind: str, where: str, why: str, samples: int = 1, outage: bool = False):
         super().__init__(why)
-        self.kind, self.where, self.samples = kind, where, samples
+        self.kind, self.where, self.samples, self.retriable = kind, where, samples, outage
+
+    @classmethod
+    def failed_read(cls, where: str, why: str, error: Exception, samples: int = 1) -> "BadSample":
+        """Make the fault of a sample whose read failed with `error`."""
+        return cls("failed read", where, why, samples, caused_by_outage(error))
 
     def __reduce__(self):
-        return BadSample, (self.kind, self.where, str(self), self.samples)
+        return BadSample, (self.kind, self.where, str(self), self.samples, self.retriable)
 
     def record(self) -> dict[str, Any]:
         """Return the arguments, as a row of the run's file."""
-        samples = {"samples": self.samples} if self.samples > 1 else {}
-        return {"kind": self.kind, "where": self.where, "why": str(self), **samples}
+        more: dict[str, Any] = {"samples": self.samples} if self.samples > 1 else {}
+        more |= {"outage": True} if self.retriable else {}
+        return {"kind": self.kind, "where": self.where, "why": str(self), **more}
 
 
 class TooManyBad(DataError):
-    """Error for more bad samples than the config allows."""
+    """Error for more bad samples than the config allows.
+
+    After an outage of the storage it is retriable.
+    """
+
+    @classmethod
+    def of(cls, why: str, limit: str, outage: bool) -> "TooManyBad":
+        """Make the error for more than `limit`; `outage`: for lack of the storage."""
+        fix = f"check the data, or raise {limit}"
+        error = cls(f"{why}: {'resume when the storage responds' if outage else fix}")
+        error.retriable = outage
+        return error
 
     @classmethod
     def in_a_row(cls, count: int, last: BadSample) -> "TooManyBad":
-        return cls(
-            f"{count} bad samples in a row, the last in {last.where} "
-            f"({last}): check the data, or raise data.max_bad_in_a_row"
-        )
+        why = f"{count} bad samples in a row, the last in {last.where} ({last})"
+        return cls.of(why, "data.max_bad_in_a_row", last.retriable)
 
 
 class BadSamples:
@@ -91,6 +107,7 @@ class BadSamples:
         self.lost: collections.Counter[str] = collections.Counter()  # further samples of shards
         self.seen = 0  # good and bad; a lost shard counts once
         self.texts_cut = 0  # good samples whose text was truncated
+        self._unread = 0  # samples lost to outages of the storage, in this process
 
     def take(self, step: int, rows: int, bad: list[dict[str, Any]], texts_cut: int = 0) -> None:
         """Count a batch of `rows` good samples and the bad samples found while making it.
@@ -105,6 +122,7 @@ class BadSamples:
             return
         for record in bad:
             self.kinds[record["kind"]] += 1
+            self._unread += record.get("samples", 1) if record.get("outage") else 0
             if (samples := record.get("samples", 1)) > 1:
                 self.lost[record["kind"]] += samples - 1
                 if rows:  # else the source logged it when it was opened
@@ -124,12 +142,12 @@ class BadSamples:
         else:
             return
         self.flush()
-        last = bad[-1]
-        raise TooManyBad(
+        why = (
             f"{total:,} of {seen:,} samples are bad ({self.summary()}), more than the "
             f"{self._max_share:.1%} of data.max_bad_share, the last of them in "
-            f"{last['where']} ({last['why']}): check the data, or raise the limit"
+            f"{bad[-1]['where']} ({bad[-1]['why']})"
         )
+        raise TooManyBad.of(why, "the limit", outage=2 * self._unread > total)
 
     def _lost_too_many(self) -> bool:
         """Whether lost shards exceed the limit, relative to all started epochs."""

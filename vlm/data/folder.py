@@ -47,7 +47,7 @@ class FolderSource:
             parts: dict[str, bytes | None] = {e: read_file(p) for e, p in beside.items()}
         except OSError as error:
             why = f"the text beside {image} cannot be read: {error}"
-            raise BadSample("failed read", image, why) from None
+            raise BadSample.failed_read(image, why, error) from None
         return texts_of(parts, config, image, by_line=True) | own
 
 

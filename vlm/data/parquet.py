@@ -169,7 +169,7 @@ class ParquetSource:
         except (pyarrow.ArrowException, OSError) as error:
             where = f"{name}: row group {group}"
             why = f"row group {group} of {name} cannot be read ({first_line(error)})"
-            raise BadSample("failed read", where, why) from None
+            raise BadSample.failed_read(where, why, error) from None
 
 
 def open_split(config: DataConfig, split: str) -> Any:

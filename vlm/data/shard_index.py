@@ -83,12 +83,13 @@ class ShardSource(Offsets):
         self._names = self.files = list(names)
         self._sidecars: Sidecars | None = None
         if not len(self):
+            last = BadSample(**self.faults[-1]) if self.faults else None
             raise DataError(
-                f"{self.faults[-1]['why']}: fetch it again, or check data.source"
-                if self.faults
-                else f"the shards {config.source} have no examples: name files such as 000017.jpg "
-                "in them"
-            )
+                f"the shards {config.source} have no examples: name files such as 000017.jpg in "
+                "them"
+                if last is None
+                else f"{last}: fetch it again, or check data.source"
+            ) from last
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -105,7 +106,7 @@ class ShardSource(Offsets):
             more = self._sidecars.row(shard, stem_of(group.key)) if self._sidecars else None
         except (OSError, tar.CorruptFileError, StopIteration) as error:
             why = f"example {index} of {name} cannot be read at its offset in the index ({error})"
-            raise BadSample("failed read", name, why) from None
+            raise BadSample.failed_read(name, why, error) from None
         return self._example(group, name, more)
 
     def _example(self, group: tar.Group, shard: str, more: dict[str, Any] | None) -> Example:
@@ -133,7 +134,7 @@ class ShardSource(Offsets):
                         yield bad
             except (OSError, tar.CorruptFileError, StopIteration) as error:
                 why = f"the shard {name} cannot be read as its index says ({error})"
-                yield from [BadSample("failed read", name, why)] * left
+                yield from [BadSample.failed_read(name, why, error)] * left
             finally:
                 file.close()
 

@@ -164,7 +164,7 @@ def inspect_shards(config: DataConfig, names: list[str]) -> tuple[Format, int, s
 
     DataError if none can be read, or they lack wanted features.
     """
-    last = "no shard"
+    last, cause = "no shard", None
     for name in names[:_LOOKED_AT]:
         form: Format = (ParquetFormat if ".parquet" in name else TarFormat)(config)
         try:
@@ -176,6 +176,7 @@ def inspect_shards(config: DataConfig, names: list[str]) -> tuple[Format, int, s
         except (OSError, CorruptFileError) as error:
             missing = isinstance(error, FileNotFoundError)
             last = f"there is no {name}" if missing else f"{name} cannot be read: {error}"
+            cause = error
             continue
         if not first:
             last = f"{name} holds no examples"
@@ -192,7 +193,7 @@ def inspect_shards(config: DataConfig, names: list[str]) -> tuple[Format, int, s
     raise DataError(
         f"none of the first {min(_LOOKED_AT, len(names))} shards of {config.source} can be used "
         f"({last}): check data.source"
-    )
+    ) from cause
 
 
 def _first(form: Format, name: str) -> tuple[list[Record], bool]:

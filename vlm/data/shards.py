@@ -251,7 +251,7 @@ def shard_fault(error: Exception, shard: str, lost: int = 1) -> BadSample:
         return BadSample("missing shard", shard, f"there is no shard {shard}", lost)
     if isinstance(error, CorruptFileError):
         return BadSample("broken shard", shard, f"the shard {shard} is broken: {error}", lost)
-    return BadSample("failed read", shard, f"the shard {shard} cannot be read: {error}", lost)
+    return BadSample.failed_read(shard, f"the shard {shard} cannot be read: {error}", error, lost)
 
 
 def known_count(shard: str) -> int | None:

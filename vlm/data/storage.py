@@ -39,7 +39,9 @@ _WILD = re.compile(r"[*?\[]")
 
 
 class ReadFailedError(OSError):
-    """Error for a read that failed in all attempts; it is not retried again."""
+    """Error for a read that failed in all attempts; it is not retried again in this process."""
+
+    retriable = True
 
 
 def expand(pattern: str) -> list[str]:

@@ -49,7 +49,8 @@ class Records(Offsets):
         try:
             data = read_range(name, start + _HEAD.size, end - _TAIL)
         except OSError as error:
-            raise BadSample("failed read", where, f"{where} cannot be read ({error})") from None
+            why = f"{where} cannot be read ({error})"
+            raise BadSample.failed_read(where, why, error) from None
         if len(data) < end - start - _HEAD.size - _TAIL:
             why = f"{where} is cut off: the file is shorter than it was when it was first opened"
             raise BadSample("failed read", where, why)
@@ -67,8 +68,9 @@ class TfRecordSource:
         self._records, self._config = Records(names), config
         self.files, self.faults = self._records.files, self._records.faults
         if not len(self):
-            why = self.faults[0]["why"] if self.faults else f"{config.source} holds no records"
-            raise DataError(f"{why}: check data.source")
+            fault = BadSample(**self.faults[0]) if self.faults else None
+            why = fault or f"{config.source} holds no records"
+            raise DataError(f"{why}: check data.source") from fault
         for fault in self.faults:
             warn_once(f"{fault['why']}: the records after that place are lost")
 

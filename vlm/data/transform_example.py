@@ -107,7 +107,7 @@ def open_image_of(
             raise BadSample("missing image", where, why) from None
         except OSError as error:
             why = f"{name} cannot be read ({error.strerror or error})"
-            raise BadSample("failed read", where, why) from None
+            raise BadSample.failed_read(where, why, error) from None
     try:
         return preprocess.open(image, name, smallest)
     except DataError as error:
