@@ -10,7 +10,6 @@ from typing import Any
 from etils import epath
 
 from vlm.config import ModelConfig, TextConfig, ViTConfig
-from vlm.errors import CheckpointError, brief
 from vlm.weights import huggingface
 from vlm.weights.checkpoint import Checkpoint, weights
 from vlm.weights.fields import with_defaults
@@ -42,14 +41,9 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     Raises:
         CheckpointError: another class of BLIP, which has no contrastive half.
     """
-    names = values.get("architectures") or [_CLASS]
-    if names != [_CLASS]:
-        raise CheckpointError(
-            f"{where} describes {brief(names)}: of BLIP, vlm reads {_CLASS}, which embeds images "
-            "and texts"
-        )
-    _, image = huggingface.read_tower({**values, "architectures": None}, "vision", _VISION, where)
-    text, options = huggingface.read_tower({**values, "architectures": None}, "text", _TEXT, where)
+    values = huggingface.without_class(values, [_CLASS], "BLIP", where)
+    _, image = huggingface.read_tower(values, "vision", _VISION, where)
+    text, options = huggingface.read_tower(values, "text", _TEXT, where)
     return ModelConfig(
         ViTConfig(**image, pool="class", projection="linear_bias"),
         TextConfig(

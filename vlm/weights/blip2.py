@@ -12,7 +12,6 @@ import tokenizers
 from etils import epath
 
 from vlm.config import ModelConfig, QFormerConfig, TextConfig, ViTConfig
-from vlm.errors import CheckpointError, brief
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.weights import blip, huggingface
 from vlm.weights.checkpoint import Checkpoint, weights
@@ -59,13 +58,8 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
         CheckpointError: another class of BLIP-2, which has no contrastive half, or an option that
             vlm does not support.
     """
-    names = values.get("architectures") or [_CLASS]
-    if names != [_CLASS]:
-        raise CheckpointError(
-            f"{where} describes {brief(names)}: of BLIP-2, vlm reads {_CLASS}, which embeds images "
-            "and texts, such as Salesforce/blip2-itm-vit-g"
-        )
-    values = values | {"architectures": None}
+    purpose = "to embed images and texts, such as Salesforce/blip2-itm-vit-g"
+    values = huggingface.without_class(values, [_CLASS], "BLIP-2", where, purpose)
     vision, image = huggingface.read_tower(values, "vision", _VISION, where)
     c, text = huggingface.read_tower(values, "qformer", _QFORMER, where)
     choice(vision["qkv_bias"], (True,), f"{where}: vision_config.qkv_bias")

@@ -9,7 +9,6 @@ from typing import Any
 from etils import epath
 
 from vlm.config import ModelConfig, TextConfig, ViTConfig
-from vlm.errors import CheckpointError, brief
 from vlm.weights import huggingface
 from vlm.weights.checkpoint import Checkpoint, ComputedTensors, weights, with_clamped_scale
 from vlm.weights.fields import fields, with_defaults
@@ -33,13 +32,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     Raises:
         CheckpointError: another class of FLAVA, or a field of another type or size.
     """
-    names = values.get("architectures") or ["FlavaModel"]
-    if not isinstance(names, list) or not set(map(str, names)) <= set(_CLASSES):
-        raise CheckpointError(
-            f"{where} describes {brief(names)}: of FLAVA, vlm reads {' and '.join(_CLASSES)}, "
-            "which embed images and texts"
-        )
-    values = values | {"architectures": None}
+    values = huggingface.without_class(values, _CLASSES, "FLAVA", where)
     _, image = huggingface.read_tower(values, "image", _VISION, where)
     text, options = huggingface.read_tower(values, "text", _TEXT, where)
     return ModelConfig(

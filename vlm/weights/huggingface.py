@@ -205,6 +205,27 @@ def read_tower(
     return given, tower_options(given, f"{where}: {part}_config")
 
 
+def without_class(
+    values: dict[str, Any],
+    known: Sequence[str],
+    family: str,
+    where: str,
+    purpose: str = "to embed images and texts",
+) -> dict[str, Any]:
+    """Return a model's config without its classes, which must be among the `known` ones.
+
+    Raises:
+        CheckpointError: another class of the family.
+    """
+    names = values.get("architectures") or [*known]
+    if not isinstance(names, list) or not set(map(str, names)) <= set(known):
+        raise CheckpointError(
+            f"{where} describes {brief(names)}: of {family}, vlm reads {' and '.join(known)} "
+            f"{purpose}"
+        )
+    return values | {"architectures": None}
+
+
 def tower_fields(
     values: dict[str, Any], part: str, defaults: dict[str, Any], where: str
 ) -> dict[str, Any]:

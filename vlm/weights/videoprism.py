@@ -64,16 +64,12 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     Raises:
         CheckpointError: another class of VideoPrism, or a setting of no published model.
     """
-    names = values.get("architectures") or ["VideoPrismClipModel"]
-    if names != ["VideoPrismClipModel"]:
-        raise CheckpointError(
-            f"{where} describes {brief(names)}: of VideoPrism, vlm reads VideoPrismClipModel, "
-            "which embeds videos and texts"
-        )
+    classes, purpose = ["VideoPrismClipModel"], "to embed videos and texts"
+    values = huggingface.without_class(values, classes, "VideoPrism", where, purpose)
     given = _COMMON | {name: default for name, (_, default) in _VISION.items()}
     given |= {"hidden_act": "gelu_python", "tubelet_size": None}
-    vision = huggingface.tower_fields({**values, "architectures": None}, "vision", given, where)
-    text = huggingface.tower_fields({**values, "architectures": None}, "text", _TEXT, where)
+    vision = huggingface.tower_fields(values, "vision", given, where)
+    text = huggingface.tower_fields(values, "text", _TEXT, where)
     at = {"vision": f"{where}: vision_config", "text": f"{where}: text_config"}
     choice(vision["hidden_act"], ("gelu_python", "gelu"), f"{at['vision']}.hidden_act")
     choice(text["hidden_act"], ("relu",), f"{at['text']}.hidden_act")
