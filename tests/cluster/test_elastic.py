@@ -207,7 +207,7 @@ def test_the_time_of_an_outage_of_the_folder_counts_for_no_host(tmp_path, monkey
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a read of a named pipe blocks")
 def test_a_host_whose_read_blocks_stays_alive_for_a_while(tmp_path, monkeypatch):
-    """The pipe stands for a mount that stalls: whoever reads it waits for a writer."""
+    """The pipe stands for a mount that stalls: a read of it waits for a writer."""
     monkeypatch.setattr(elastic, "PERIOD", 0.05)
     monkeypatch.setattr(elastic, "STALL_LIMIT", 1.5)
     monkeypatch.setattr(watch, "HEARTBEAT_TIMEOUT", 0.5)
