@@ -72,10 +72,14 @@ def supervise(
         rest = ["--resume", run_dir] if started else args
         return [sys.executable, "-m", "vlm", *_common(sys.argv[1:]), "train", *rest]
 
-    def newest_checkpoint() -> int:
+    def progress() -> int:
+        """Return the step of the newest checkpoint, which may be local to the hosts."""
+        from vlm.training.history import read_history
+
         checkpoints = run / "checkpoints"
         names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
-        return max((int(name) for name in names if name.isdigit()), default=-1)
+        steps = [int(name) for name in names if name.isdigit()]
+        return max([*steps, *(row["step"] for row in read_history(run)[-1:])], default=-1)
 
     def problem(processes: int) -> str:
         from vlm.training.fewer_devices import problem_of
@@ -95,7 +99,7 @@ def supervise(
         tuple(args),
         command,
         problem,
-        newest_checkpoint,
+        progress,
     ).run()
     if code:
         raise SystemExit(code)

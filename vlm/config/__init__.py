@@ -38,6 +38,7 @@ from vlm.config.inputs import CLIP_STD as CLIP_STD
 from vlm.config.inputs import Clean as Clean
 from vlm.config.inputs import PreprocessConfig as PreprocessConfig
 from vlm.config.inputs import TokenizerConfig as TokenizerConfig
+from vlm.config.local_checkpoints import LocalCheckpointConfig as LocalCheckpointConfig
 from vlm.config.model import LOSS_SCORES as LOSS_SCORES
 from vlm.config.model import Loss as Loss
 from vlm.config.model import ModelConfig as ModelConfig

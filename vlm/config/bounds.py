@@ -55,6 +55,7 @@ _INTEGERS = _by_field(
         Bounds(1, 2**31 - 1): (
             "steps", "batch_size", "micro_batch_size", "log_every", "keep_checkpoints", "profile",
             "shuffle", "max_bad_in_a_row", "max_skipped_in_a_row", "timescale", "step",
+            "LocalCheckpointConfig.every",
         ),
         Bounds(0, 2**31 - 1): ("seed",),
         Bounds(1, 2**53): ("examples",),

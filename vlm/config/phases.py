@@ -27,6 +27,7 @@ _OF_RUN = {
     "name", "mesh", "evals", "steps", "epochs", "examples", "seconds", "seed", "log_every",
     "eval_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_hours",
     "profile", "run_dir", "callbacks", "code", "phases", "sequence_lengths", "divergence",
+    "local_checkpoints",
 }  # fmt: skip
 
 

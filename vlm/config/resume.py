@@ -88,7 +88,8 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
         "name preprocess data optimizer mesh evals micro_batch_size steps epochs "
         "examples seconds dtype matmul_dtype remat scan resolution_schedule text_masking log_every "
         "eval_every checkpoint_every checkpoint_minutes keep_checkpoints keep_hours profile losses "
-        "loss_intermediates callbacks code selection phases text_lengths divergence",
+        "loss_intermediates callbacks code selection phases text_lengths divergence "
+        "local_checkpoints",
     )
     | _all(START, "init_towers init_image_size init_context_length")
     | _all(STATE, "model adapter")
@@ -157,6 +158,7 @@ _DECISIONS: dict[str, dict[str, Decision]] = {
     "DivergenceConfig": _all(
         FREE, "action window threshold in_a_row max_rollbacks max_skipped"
     ),
+    "LocalCheckpointConfig": _all(FREE, "folder every"),
     # Phases that have begun are compared at the step of the checkpoint.
     "Phase": _all(FREE, "changes step fraction examples restart_schedule"),
 }  # fmt: skip

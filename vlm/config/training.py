@@ -11,6 +11,7 @@ from vlm.config.divergence import DivergenceConfig
 from vlm.config.evaluation import EvalConfig
 from vlm.config.fine_tuning import AdapterConfig, DistillConfig
 from vlm.config.inputs import PreprocessConfig, TokenizerConfig
+from vlm.config.local_checkpoints import LocalCheckpointConfig
 from vlm.config.model import Loss, ModelConfig
 from vlm.config.optimizer import UNSET, Converted, OptimizerConfig, Resolved, check_pattern
 from vlm.config.phases import Phase, check_phases
@@ -146,6 +147,7 @@ class Experiment(Config):
             whole context. The text tower must ignore padding. Embeddings are the same. Empty: all
             texts have the whole context.
         divergence: Detection of a diverging run, and rollbacks to the last good checkpoint.
+        local_checkpoints: Frequent checkpoints on the local disks of the hosts.
 
     Example:
         >>> import dataclasses
@@ -213,6 +215,7 @@ class Experiment(Config):
     sequence_lengths: tuple[int, ...] = ()
     text_lengths: tuple[int, ...] = ()
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    local_checkpoints: LocalCheckpointConfig = field(default_factory=LocalCheckpointConfig)
 
     @property
     def in_parts(self) -> bool:

@@ -42,8 +42,12 @@ def without_length(experiment: Experiment) -> Experiment:
 
 
 def settings_digest(experiment: Experiment) -> str:
-    """Return a digest of all settings but those of `divergence`, which change no loss."""
+    """Return a digest of all settings but `divergence` and `local_checkpoints`.
+
+    Those change no loss.
+    """
     fields = to_dict(experiment) | {"divergence": None}
+    del fields["local_checkpoints"]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -25,6 +25,7 @@ from vlm.errors import CheckpointError, VlmError
 from vlm.paths import as_config_error, is_outage, on_disk, storage_error_reason
 from vlm.sharding import path_names
 from vlm.training.console import log
+from vlm.training.local_checkpoint import LocalCheckpoints
 
 # Seconds before each retry of an unreadable checkpoint: buckets and shared disks have outages of
 # some minutes. An error that indicates a corrupt file is retried once.
@@ -59,7 +60,13 @@ class Checkpoints:
         None
     """
 
-    def __init__(self, folder: epath.Path, keep: int, keep_hours: float | None = None):
+    def __init__(
+        self,
+        folder: epath.Path,
+        keep: int,
+        keep_hours: float | None = None,
+        local: LocalCheckpoints | None = None,
+    ):
         policies: list[PreservationPolicy] = [LatestN(keep)]
         if keep_hours is not None:
             policies.append(EveryNSeconds(round(keep_hours * 3600)))
@@ -80,7 +87,7 @@ class Checkpoints:
             handlers.add("data", kind)
         with as_config_error(f"the checkpoints in {folder} cannot be listed", "resume the run"):
             self._manager = _Manager(on_disk(folder), options=options, handler_registry=handlers)
-        self.folder = folder
+        self.folder, self._local = folder, local
         self.seconds: float | None = None  # duration of the last write
         self._writing: dict[str, Any] | None = None  # log row of the write in progress
         self._rows: list[dict[str, Any]] = []  # log rows of complete checkpoints
@@ -198,7 +205,8 @@ class Checkpoints:
         `abstract` gives shapes, dtypes and shardings: a checkpoint of one mesh restores onto
         another. `older` is the same in the layout of an older version, which is restored as it
         is. A corrupt checkpoint is skipped for the one before it, which is logged.
-        All processes restore the same one: it must be readable by each of them.
+        All processes restore the same one: it must be readable by each of them. A newer local
+        checkpoint takes precedence.
 
         Raises:
             CheckpointError: no checkpoint can be read; or the newest cannot be read and is not
@@ -208,7 +216,11 @@ class Checkpoints:
         listed = broadcast_text(json.dumps(sorted(self._manager.all_steps(), reverse=True)))
         steps = [step for step in json.loads(listed) if step not in self._corrupt]
         last_error = ""
-        for step in steps:
+        for step in [*steps, -1]:
+            if self._local and (restored := self._local.restore(abstract, accepts, after=step)):
+                return restored
+            if step < 0:
+                break
             restored, problem = self._read(step, abstract, older, accepts)
             problems = [json.loads(p) for p in exchange_texts(json.dumps(problem))]
             if not any(problems):
