@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from processes import losses, weights
 
-from vlm.config import Experiment, LocalCheckpointConfig, MeshConfig
+from vlm.config import LocalCheckpointConfig, MeshConfig
 from vlm.errors import CheckpointError, ConfigError
+from vlm.paths import as_path
 from vlm.sharding import make_mesh, placed
 from vlm.training.local_checkpoint import LocalCheckpoints
 from vlm.training.local_parts import Part, Shard, layout, local_shards, write_part
@@ -43,8 +44,15 @@ def bits(state) -> list[bytes]:
 
 
 def write(file: Path, state) -> Part:
-    write_part(file, {"data": {"step": 7}, "layout": layout(state), "bytes": 0}, local_shards(state))
+    about = {"data": {"step": 7}, "layout": layout(state), "bytes": 0}
+    write_part(file, about, local_shards(state))
     return Part(file)
+
+
+def read_all(file: Path) -> None:
+    part = Part(file)
+    for shard in part.sizes:
+        part.read(shard)
 
 
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
@@ -73,17 +81,16 @@ def test_the_state_may_change_while_it_is_written():
 
 def test_every_changed_byte_of_a_part_is_found(tmp_path):
     file = tmp_path / "a.part"
-    part = write(file, {"x": jnp.arange(4.0), "y": jnp.ones(3)})
+    write(file, {"x": jnp.arange(4.0), "y": jnp.ones(3)})
     good = file.read_bytes()
     header = good.index(b"\n")
     for place in [0, 20, header - 1, header + 1, len(good) - 1]:
         file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         with pytest.raises(CheckpointError, match="is corrupt"):
-            again = Part(file)
-            list(map(again.read, again.sizes))
+            read_all(file)
     file.write_bytes(good[:-1])
     with pytest.raises(CheckpointError, match="is corrupt"):
-        list(map(part.read, part.sizes))
+        read_all(file)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -93,155 +100,188 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.part"]
 
 
-class Killed(Exception):
-    pass
-
-
-def killed(at: int, experiment: Experiment | None = None, **options) -> None:
-    """Train up to a step, and end there without a last checkpoint."""
-    with pytest.raises(Killed), steps(experiment, **options) as loop:
-        for state, _ in loop:
-            if int(state.step) == at:
-                raise Killed
+# -------------------------------------------------------------- which of them a restart may use
 
 
 def parts(folder: Path) -> dict[int, Path]:
-    """Return the parts of a run by their step."""
-    found = {}
-    for path in folder.rglob("*.part"):
-        found[Part(path).about["origin"][0]] = path
-    return found
+    """Return the parts in a folder by their step."""
+    return {Part(path).about["origin"][0]: path for path in folder.rglob("*.part")}
 
 
-@pytest.fixture(scope="module")
-def interrupted(tiny, tmp_path_factory):
-    """An uninterrupted run, and one killed at step 11, with a checkpoint at 6, local at 8 and 10"""
-    folder = tmp_path_factory.mktemp("local")
-    experiment = tiny(
-        run_dir=str(folder / "run"),
-        steps=12,
-        log_every=1,
-        checkpoint_every=0.5,
-        vision={"dropout": 0.1, "depth": 1},
-        text={"depth": 1},
-        local_checkpoints=LocalCheckpointConfig(str(folder / "disk"), every=2),
-    )
-    whole = folder / "whole"
-    train(dataclasses.replace(experiment, run_dir=str(whole), local_checkpoints={}))
-    killed(11, experiment)
-    assert sorted(parts(folder)) == [8, 10]
-    return folder, whole
+def saved(run: Run, steps: tuple[int, ...]) -> None:
+    """Record a start of a run one step before the first of these steps, and save at all."""
+    run.record_start(steps[0] - 1, 100)
+    with LocalCheckpoints(run) as local:
+        for step in steps:
+            local.save(step, STATE | {"step": jnp.int32(step)}, {"step": step})
+
+
+def restored_step(run: Run, after: int = -1) -> int | None:
+    """Return the step of the local checkpoint that a start of a run takes."""
+    abstract = jax.tree.map(lambda x: placed(x, x.sharding), STATE)
+    found = LocalCheckpoints(run).restore(abstract, lambda data: True, after)
+    if found is None:
+        return None
+    state, data = found
+    assert bits(state) == bits(STATE | {"step": jnp.int32(data["step"])})
+    return data["step"]
+
+
+STATE = {"kernel": jnp.arange(12.0).reshape(3, 4), "step": jnp.int32(0)}
 
 
 @pytest.fixture
-def run(interrupted, tmp_path, caplog):
-    """A copy of the killed run at the place it had, as its local checkpoints are of that place."""
-    folder, whole = interrupted
-    names = ("run", "disk")
-    for name in names:
-        shutil.copytree(folder / name, tmp_path / name)
+def run(tiny, tmp_path, caplog) -> Run:
+    """A run that was killed, with local checkpoints at the steps 4 and 6."""
     caplog.set_level(logging.INFO, "vlm.training")
-    yield folder / "run", whole
-    for name in names:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        shutil.copytree(tmp_path / name, folder / name)
+    local = LocalCheckpointConfig(str(tmp_path / "disk"), every=2)
+    run = Run.create(tiny(run_dir=str(tmp_path / "run"), steps=100, local_checkpoints=local))
+    saved(run, (2, 4, 6))
+    assert sorted(parts(tmp_path)) == [4, 6]
+    return run
 
 
-def test_a_killed_run_ends_as_an_uninterrupted_one(run, caplog):
-    run, whole = run
-    train(resume=run)
-    assert "starting from the local checkpoint of step 10: that of the run folder is of step 6" in (
-        caplog.text
-    )
-    assert weights(run) == weights(whole)
-    assert losses(run) == losses(whole)
-    assert not parts(run.parent)  # the run folder has a newer checkpoint
-    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 10
+def resumed(run: Run, **changes) -> Run:
+    return Run.open(run.folder, lambda e: dataclasses.replace(e, **changes))
 
 
-def test_a_corrupt_one_is_skipped_for_the_one_before_it(run, caplog):
-    run, whole = run
-    newest = parts(run.parent)[10]
-    newest.write_bytes(newest.read_bytes()[:-1])
-    train(resume=run)
-    assert f"{newest} is corrupt" in caplog.text
-    assert "starting from the local checkpoint of step 8" in caplog.text
-    assert weights(run) == weights(whole)
+def test_the_newest_is_taken(run, caplog):
+    assert restored_step(resumed(run)) == 6
+    assert "starting from the local checkpoint of step 6: the run folder has none" in caplog.text
+    assert restored_step(resumed(run), after=5) == 6
+    assert "step 6: the run folder has that of step 5" in caplog.text
 
 
-def test_a_write_that_was_cut_off_is_ignored(run, caplog):
-    run, _ = run
-    newest = parts(run.parent)[10]
-    unfinished = newest.rename(newest.with_name(f"{newest.name}.unfinished"))
-    killed(9, resume=run)
-    assert "starting from the local checkpoint of step 8" in caplog.text
-    assert not unfinished.exists()
-
-
-def refused(caplog, why: str, step: int = 10) -> None:
-    assert f"the local checkpoint of step {step} is not used: {why}" in caplog.text
-    assert "starting from the local checkpoint" not in caplog.text
-
-
-def test_settings_have_changed(run, caplog):
-    run, _ = run
-    changed = dataclasses.replace(Run.open(run).experiment, text_masking=0.1)
-    killed(7, changed, resume=run)
-    refused(caplog, "the settings have changed since")
+def test_one_that_is_no_newer_than_that_of_the_run_folder_is_not_taken(run, caplog):
+    assert restored_step(resumed(run), after=6) is None
     assert "no local checkpoint is newer than that of step 6 of the run folder" in caplog.text
 
 
-def test_only_the_local_folder_or_interval_changes(run, caplog):
-    run, _ = run
-    e = Run.open(run).experiment
-    local = dataclasses.replace(e.local_checkpoints, every=3)
-    killed(11, dataclasses.replace(e, local_checkpoints=local), resume=run)
+@pytest.mark.parametrize("lost", [1, 2000])  # of the bytes; the second cuts off the header
+def test_a_truncated_one_is_skipped_for_the_one_before_it(run, tmp_path, caplog, lost):
+    newest = parts(tmp_path)[6]
+    newest.write_bytes(newest.read_bytes()[:-lost])
+    assert restored_step(resumed(run)) == 4
+    assert f"{newest} is corrupt" in caplog.text
+
+
+def test_a_write_that_was_cut_off_is_ignored(run, tmp_path):
+    newest = parts(tmp_path)[6]
+    unfinished = newest.rename(newest.with_name(f"{newest.name}.unfinished"))
+    assert restored_step(resumed(run)) == 4
+    assert not unfinished.exists()
+
+
+def test_none_is_taken_from_before_a_change_of_settings(run, caplog):
+    assert restored_step(resumed(run, text_masking=0.1)) is None
+    assert "step 6 is not used: the settings have changed since" in caplog.text
+
+
+def test_another_interval_is_no_change(run):
+    local = dataclasses.replace(run.experiment.local_checkpoints, every=3)
+    assert restored_step(resumed(run, local_checkpoints=local)) == 6
+
+
+def test_none_is_taken_that_an_earlier_start_has_left(run, tmp_path, caplog):
+    """The second start came from step 3: its step 4 may differ from the other by rounding."""
+    again = resumed(run)
+    again.record_start(3, 100)
+    assert restored_step(resumed(run)) is None
+    assert "step 6 is not used: the run has gone back to step 3 since" in caplog.text
+    saved(again, (4,))
+    assert sorted(parts(tmp_path)) == [4]
+    assert restored_step(resumed(run)) == 4
+
+
+def test_one_is_taken_again_after_a_start_from_it(run):
+    again = resumed(run)
+    again.record_start(6, 100)
+    assert restored_step(resumed(run)) == 6
+
+
+def test_none_is_taken_from_before_a_rollback(run, caplog):
+    row = {"step": 5, "total": 100, "left": 6, "rollbacks": 1, "reason": "", "skipped": 1}
+    run.record_rollback(row)
+    assert restored_step(resumed(run), after=5) is None
+    assert "step 6 is not used: the run has gone back to step 5 since" in caplog.text
+
+
+def test_phases_leave_them_valid(run):
+    run.record_phase(1, 3, 100, {}, "")
+    assert restored_step(resumed(run)) == 6
+
+
+def test_none_is_taken_of_an_earlier_run_in_the_same_folder(run, caplog):
+    shutil.rmtree(run.folder)
+    another = Run.create(run.experiment)
+    assert restored_step(another) is None
+    assert "step 6 is not used: it is of another run" in caplog.text
+    another.record_start(0, 99)
+    assert restored_step(resumed(another)) is None
+
+
+def test_none_is_taken_of_a_run_that_this_one_was_copied_from(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "copied")
+    copied = Run.open(tmp_path / "copied")
+    assert restored_step(copied) is None
+    saved(copied, (8,))
+    assert restored_step(Run.open(tmp_path / "copied")) == 8
+    assert restored_step(resumed(run)) == 6
+
+
+def test_another_architecture_is_not_read(run, caplog):
+    state = {**STATE, "kernel": jnp.zeros((3, 5))}
+    abstract = jax.tree.map(lambda x: placed(x, x.sharding), state)
+    assert LocalCheckpoints(resumed(run)).restore(abstract, lambda data: True, -1) is None
+    assert "step 6 is not used: it has another architecture than the run" in caplog.text
+
+
+def test_the_state_of_another_phase_is_not_read(run):
+    found = LocalCheckpoints(resumed(run)).restore({}, lambda data: data["step"] != 6, -1)
+    assert found == (None, {"step": 6})
+
+
+# ----------------------------------------------------------------------------------- whole runs
+
+
+def leave(loop: steps, at: int) -> None:
+    """End a run after a step, without a last checkpoint."""
+    with loop:
+        for state, _ in loop:
+            if int(state.step) == at:
+                raise InterruptedError
+
+
+def test_a_run_ends_as_without_them(tiny, tmp_path, caplog):
+    """It is left at step 11 without a checkpoint; one is at 6, local ones at 8 and 10."""
+    caplog.set_level(logging.INFO, "vlm.training")
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    local = LocalCheckpointConfig(str(tmp_path / "disk"), every=2)
+    smaller = {"vision": {"dropout": 0.1, "depth": 1}, "text": {"depth": 1}}
+    experiment = tiny(steps=12, log_every=1, checkpoint_every=0.5, **smaller)
+    train(dataclasses.replace(experiment, run_dir=str(whole)))
+    changed = dataclasses.replace(experiment, run_dir=str(folder), local_checkpoints=local)
+    with pytest.raises(InterruptedError):
+        leave(steps(changed), 11)
+    assert sorted(parts(tmp_path)) == [8, 10]
+    train(resume=folder)
     assert "starting from the local checkpoint of step 10" in caplog.text
+    assert weights(folder) == weights(whole)
+    assert losses(folder) == losses(whole)
+    assert not parts(tmp_path)  # the run folder has a newer checkpoint
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 10
 
 
-def test_parts_of_a_start_that_was_left_are_not_used(run, caplog):
-    """A start from step 6 came after them: its step 8 may differ by rounding."""
-    run, _ = run
-    kept = run.parent / "away"
-    (run.parent / "disk").rename(kept)
-    killed(7, resume=run)
-    shutil.rmtree(run.parent / "disk")
-    kept.rename(run.parent / "disk")
-    killed(9, resume=run)
-    refused(caplog, "the run has gone back to step 6 since")
-    assert sorted(parts(run.parent)) == [8]  # those of the earlier start are deleted
-    killed(9, resume=run)
-    assert "starting from the local checkpoint of step 8" in caplog.text
-
-
-def test_another_run_in_the_same_place(run, caplog):
-    run, _ = run
-    experiment = Run.open(run).experiment
-    shutil.rmtree(run)
-    killed(3, experiment)
-    refused(caplog, "it is of another run")
-
-
-def test_a_copy_of_the_run_has_its_own(run, caplog):
-    run, _ = run
-    copied = run.with_name("copied")
-    shutil.copytree(run, copied)
-    killed(7, resume=copied)
-    assert "no local checkpoint is newer" in caplog.text
-    shutil.rmtree(copied)
-
-
-def test_a_disk_that_fails_is_warned_of(run, caplog):
-    run, whole = run
-    folder = parts(run.parent)[10].parent
-    shutil.rmtree(folder)
-    with steps(resume=run) as loop:
+def test_a_disk_that_fails_is_warned_of(tiny, tmp_path, caplog):
+    disk = tmp_path / "disk"
+    e = tiny(run_dir=str(tmp_path / "run"), local_checkpoints={"folder": str(disk), "every": 2})
+    with steps(e) as loop:
         for _ in loop:
-            shutil.rmtree(folder, ignore_errors=True)
-    assert "process 0 of 1 could not write the local checkpoint of step 8" in caplog.text
+            shutil.rmtree(disk, ignore_errors=True)
+    assert "process 0 of 1 could not write the local checkpoint of step 2" in caplog.text
     assert "(No such file or directory): free its disk; the run goes on" in caplog.text
-    assert weights(run) == weights(whole)
+    assert (tmp_path / "run" / "bundle").exists()
 
 
 def test_the_folder_of_a_new_run_must_be_usable(tiny, tmp_path):
@@ -275,7 +315,6 @@ def test_wrong_fields(fields, message):
 
 
 def test_nothing_is_written_by_default(tiny, tmp_path):
-    run = Run(tmp_path / "run", tiny())
-    local = LocalCheckpoints(run)
+    local = LocalCheckpoints(Run(as_path(tmp_path / "run"), tiny()))
     assert not any(map(local.is_scheduled, range(100)))
     assert local.restore({}, lambda _: True, after=-1) is None

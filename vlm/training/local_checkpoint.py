@@ -185,8 +185,8 @@ class LocalCheckpoints:
                 return self.restore(abstract, accepts, after)
             state, sent = read
             log.info(
-                f"starting from the local checkpoint of step {origin[0]:,}: that of the run folder "
-                f"is {f'of step {after:,}' if after >= 0 else 'missing'}; {sent / 1e9:.3g} GB were "
+                f"starting from the local checkpoint of step {origin[0]:,}: the run folder has "
+                f"{f'that of step {after:,}' if after >= 0 else 'none'}; {sent / 1e9:.3g} GB were "
                 "sent to processes that lacked them"
             )
             return state, about["data"]
