@@ -1,18 +1,21 @@
 """An elastic run of four processes under random faults, compared with an undisturbed run.
 
-    python tests/training/elastic_faults.py [--faults 20] [--seed 0] [--only same shrinking]
+    python tests/training/elastic_faults.py [--faults 20] [--only same shrinking] [--local]
 
 Real supervisors and training processes over loopback, killed by SIGKILL: training processes, whole
 hosts, the coordinator, also during a start and during the write of a checkpoint. In "same" every
 host comes back at once, and the run must end bit-identical. In "shrinking" hosts also stay away for
 a while, the run goes on without them, and every loss must be within 1e-5 of the undisturbed run.
-Exits with 1 unless both hold. On a busy machine VLM_LIMIT=3600 gives each wait more seconds.
+With --local each host also has local checkpoints, and half of the hosts that are killed come back
+with an empty disk; the run folder has a checkpoint only at half of the run. Exits with 1 unless all
+hold. On a busy machine VLM_LIMIT=3600 gives each wait more seconds.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +62,7 @@ def make_data(folder: Path) -> str:
     return str(folder)
 
 
-def experiment(data: str, steps: int) -> Experiment:
+def experiment(data: str, steps: int, local: bool) -> Experiment:
     """Twelve pairs a step divide over one to four processes of one device."""
     return Experiment(
         name="squares",
@@ -74,7 +77,8 @@ def experiment(data: str, steps: int) -> Experiment:
         batch_size=12,
         steps=steps,
         log_every=1,
-        checkpoint_every=0.04,
+        checkpoint_every=0.5 if local else 0.04,
+        local_checkpoints={"folder": "$LOCAL_DISK/vlm", "every": 4} if local else {},  # pyright: ignore
     )
 
 
@@ -89,16 +93,19 @@ class Cluster:
         self._arguments += ["--local-addr", "127.0.0.1"]
 
     def start(self, *hosts: int) -> None:
-        env = environment(VLM_HEARTBEAT_TIMEOUT="8")
         for host in hosts:
+            disk = str(self.folder / f"disk-{host}")
+            env = environment(VLM_HEARTBEAT_TIMEOUT="8", LOCAL_DISK=disk)
             log = self.folder / f"log-{host}-{time.monotonic():.0f}"
             arguments = [*self._arguments, "--process-id", host]
             self.supervisors[host] = start_training(arguments, env, log)
 
-    def kill_host(self, host: int) -> None:
-        """Kill a supervisor; the kernel kills its training process with it."""
+    def kill_host(self, host: int, dice: random.Random) -> None:
+        """Kill a supervisor, and the kernel its training process; half of the time its disk too."""
         self.supervisors[host].kill()
         self.supervisors[host].wait()
+        if dice.random() < 0.5:
+            shutil.rmtree(self.folder / f"disk-{host}", ignore_errors=True)
 
     def kill_process(self, host: int) -> None:
         """Kill the training process of a host, once its supervisor has started it."""
@@ -161,10 +168,8 @@ def disturb(cluster: Cluster, faults: int, dice: random.Random, shrinking: bool)
                 lambda s=began + steps: last_step(cluster.run) >= s or cluster.ended(), "a step"
             )
         if kind == "writing":
-            parts = cluster.run / "checkpoints"
-            cluster.wait_for(
-                lambda p=parts: any(p.glob("*tmp*")) or cluster.ended(), "a checkpoint"
-            )
+            folder = cluster.folder
+            cluster.wait_for(lambda f=folder: being_written(f) or cluster.ended(), "a checkpoint")
         if cluster.ended():
             break
         leaves = kind == "leaving" and len(hosts) > 2
@@ -174,7 +179,7 @@ def disturb(cluster: Cluster, faults: int, dice: random.Random, shrinking: bool)
         ):
             cluster.kill_process(host)
         else:
-            cluster.kill_host(host)
+            cluster.kill_host(host, dice)
             if leaves:
                 away.append(host)
             else:
@@ -183,6 +188,11 @@ def disturb(cluster: Cluster, faults: int, dice: random.Random, shrinking: bool)
             cluster.start(away.pop(0))
     cluster.start(*away)
     return caused
+
+
+def being_written(folder: Path) -> bool:
+    """Whether a checkpoint is being written, to the run folder or a local disk."""
+    return any(folder.glob("run/checkpoints/*tmp*")) or any(folder.glob("disk-*/*/*/*.unfinished"))
 
 
 def reference(folder: Path, config: Path) -> Path:
@@ -219,7 +229,8 @@ def play(
     sizes = Counter(row["processes"] for row in rows)
     text = (
         f"{sum(caused.values())} faults ({dict(caused)}), {cluster.group()[0] + 1} starts, of "
-        f"which {len(rows)} trained, on processes {dict(sizes)}: "
+        f"which {len(rows)} trained, {cluster.output().count('starting from the local')} from "
+        f"local checkpoints, on processes {dict(sizes)}: "
         f"{'bit-identical' if same else f'largest relative difference of a loss {difference:.1e}'}"
     )
     return difference <= TOLERANCE if shrinking else same, text
@@ -231,6 +242,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=["same", "shrinking"])
+    parser.add_argument("--local", action="store_true")
     options = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory(prefix="vlm-elastic-") as name:
@@ -238,7 +250,8 @@ def main() -> None:
         (folder / "data").mkdir()
         (folder / "whole").mkdir()
         data = make_data(folder / "data")
-        config = write_config(experiment(data, options.steps), folder / "config.json")
+        e = experiment(data, options.steps, options.local)
+        config = write_config(e, folder / "config.json")
         whole = reference(folder / "whole", config)
         for mode in options.only:
             began, dice = time.monotonic(), random.Random(f"{options.seed} {mode}")

@@ -18,7 +18,7 @@ from processes import environment, losses, send_at, start, wait, weights, write_
 from test_hosts import Pair
 
 import vlm
-from vlm.config import AugmentConfig, DivergenceConfig
+from vlm.config import AugmentConfig, DivergenceConfig, LocalCheckpointConfig
 from vlm.data.pipeline import train_batches
 from vlm.errors import ConfigError
 from vlm.inputs.preprocess import Preprocess
@@ -317,6 +317,26 @@ def test_a_run_killed_in_the_middle_of_a_rollback_ends_the_same(bad, rolled_back
             pending = json.loads((run / "rollback.json").read_text())["pending"]
             assert pending == (moment == "delete")
     wait(start(arguments, environment(), log), log)
+    assert len(rollbacks(run)) == 1
+    assert batches(run) == batches(rolled_back[0])
+    assert weights(run) == weights(rolled_back[0])
+
+
+@pytest.mark.slow
+def test_local_checkpoints_of_before_a_rollback_are_not_used(bad, rolled_back, tmp_path):
+    """They are of later steps than the checkpoint that the run returns to."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    local = LocalCheckpointConfig(str(tmp_path / "disk"), every=2)
+    config = write_config(bad(run, local_checkpoints=local), tmp_path / "config.json")
+    wait(start([config], environment(KILL="delete"), log), log, -signal.SIGKILL)
+    assert list(tmp_path.rglob("start-1-step-34-*.part"))
+    process = start(["--resume", run], environment(), log)
+    send_at(signal.SIGKILL, 40, run, [process])
+    output = " ".join(wait(process, log, -signal.SIGKILL).split())
+    assert "step 34 is not used: the run has gone back to step 24 since" in output
+    assert "no local checkpoint is newer than that of step 24 of the run folder" in output
+    output = " ".join(wait(start(["--resume", run], environment(), log), log).split())
+    assert "starting from the local checkpoint of step" in output
     assert len(rollbacks(run)) == 1
     assert batches(run) == batches(rolled_back[0])
     assert weights(run) == weights(rolled_back[0])

@@ -106,9 +106,10 @@ def test_a_run_goes_on_with_three_of_four_devices(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_elastic_run_of_four_processes_ends_as_without_faults():
+@pytest.mark.parametrize("local", [[], ["--local"]], ids=["", "local"])
+def test_an_elastic_run_of_four_processes_ends_as_without_faults(local):
     script = Path(__file__).with_name("elastic_faults.py")
-    options = ["--faults", "3", "--steps", "60", "--seed", "1", "--only", "shrinking"]
+    options = ["--faults", "3", "--steps", "60", "--seed", "1", "--only", "shrinking", *local]
     done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 faults" in done.stdout

@@ -197,8 +197,10 @@ class LocalCheckpoints:
 
     def _parts(self, folder: Path) -> list[Part]:
         """Return the parts on this host that can be opened."""
-        parts = []
-        for file in sorted(set(folder.glob("*.part")) - self._corrupt):
+        parts, files = [], set[Path]()
+        with contextlib.suppress(OSError):
+            files = set(folder.glob("*.part"))
+        for file in sorted(files - self._corrupt):
             try:
                 parts.append(Part(file))
             except (OSError, CheckpointError) as error:
