@@ -323,20 +323,21 @@ def test_a_run_killed_in_the_middle_of_a_rollback_ends_the_same(bad, rolled_back
 
 
 @pytest.mark.slow
-def test_local_checkpoints_of_before_a_rollback_are_not_used(bad, rolled_back, tmp_path):
-    """They are of later steps than the checkpoint that the run returns to."""
+def test_a_rollback_leaves_local_checkpoints_behind(bad, rolled_back, tmp_path):
+    """A run killed before it or in the middle of it returns to step 24, though some are newer."""
     run, log = tmp_path / "run", tmp_path / "log"
-    local = LocalCheckpointConfig(str(tmp_path / "disk"), every=2)
-    config = write_config(bad(run, local_checkpoints=local), tmp_path / "config.json")
-    wait(start([config], environment(KILL="delete"), log), log, -signal.SIGKILL)
-    assert list(tmp_path.rglob("start-1-step-34-*.part"))
-    process = start(["--resume", run], environment(), log)
-    send_at(signal.SIGKILL, 40, run, [process])
+    local = LocalCheckpointConfig(str(tmp_path / "disk"), every=5)
+    arguments = [write_config(bad(run, local_checkpoints=local), tmp_path / "config.json")]
+    for moment in ("alert", "delete"):
+        wait(start(arguments, environment(KILL=moment), log), log, -signal.SIGKILL)
+        arguments = ["--resume", run]
+    assert "starting from the local checkpoint of step 3" in " ".join(log.read_text().split())
+    process = start(arguments, environment(), log)
+    send_at(signal.SIGKILL, 43, run, [process])
     output = " ".join(wait(process, log, -signal.SIGKILL).split())
-    assert "step 34 is not used: the run has gone back to step 24 since" in output
+    assert "step 30 is not used: the run has gone back to step 24 since" in output
     assert "no local checkpoint is newer than that of step 24 of the run folder" in output
-    output = " ".join(wait(start(["--resume", run], environment(), log), log).split())
-    assert "starting from the local checkpoint of step" in output
+    wait(start(arguments, environment(), log), log)
     assert len(rollbacks(run)) == 1
     assert batches(run) == batches(rolled_back[0])
     assert weights(run) == weights(rolled_back[0])
