@@ -252,6 +252,7 @@ def leave(loop: steps, at: int) -> None:
                 raise InterruptedError
 
 
+@pytest.mark.slow
 def test_a_run_ends_as_without_them(tiny, tmp_path, caplog):
     """It is left at step 11 without a checkpoint; one is at 6, local ones at 8 and 10."""
     caplog.set_level(logging.INFO, "vlm.training")
