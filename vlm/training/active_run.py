@@ -16,6 +16,7 @@ from vlm.training.divergence import DivergenceMonitor
 from vlm.training.evals import evaluate_finished_run
 from vlm.training.goodput_log import GoodputLog
 from vlm.training.interrupt import Interrupted
+from vlm.training.local_checkpoint import LocalCheckpoints
 from vlm.training.logs import Logs, StepProfiler
 from vlm.training.opening_report import report_start
 from vlm.training.phases import RunPhases
@@ -53,6 +54,7 @@ class ActiveRun:
             self._tokenizer = open_tokenizer(run)
             self.phases = RunPhases(run, self._tokenizer)
             self._callbacks = RunCallbacks(run)
+            self._local_checkpoints = LocalCheckpoints(run)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -68,9 +70,9 @@ class ActiveRun:
         run, experiment, timed = self._run, self._experiment, self._timed
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.phases))
-            self._checkpoints = stack.enter_context(
-                Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_hours)
-            )
+            local = stack.enter_context(self._local_checkpoints)
+            kept = experiment.keep_checkpoints, experiment.keep_hours
+            self._checkpoints = stack.enter_context(Checkpoints(run.checkpoints, *kept, local))
             with run.starting(), timed("making the state"):
                 self.state = self.phases.start(self._checkpoints, self._length)
                 self.step, self.total = int(self.state.step), int(self.state.total_steps)
@@ -127,6 +129,11 @@ class ActiveRun:
         """Whether to save a checkpoint after this step; a scheduled one waits for a spike's end."""
         spikes = self._rolls_back and self._monitor.first is not None
         return self._phase_ends or (self._unsaved and not spikes)
+
+    @property
+    def saves_locally(self) -> bool:
+        """Whether to save a checkpoint on the hosts' own disks after this step."""
+        return self.step < self.total and self._local_checkpoints.is_scheduled(self.step)
 
     @property
     def _phase_ends(self) -> bool:
@@ -209,12 +216,22 @@ class ActiveRun:
         self._logs.flush()
         with self._timed("writing a checkpoint"):
             self._sync.copy()  # a run resumed from here has its log up to here
-            saved = self.phases.trainer.checkpoint_state(self.state)
-            watched = self._experiment.divergence.action != "off"
-            own = {"divergence": self._monitor.state()} if watched else {}
-            self._checkpoints.save(self.step, saved, self.phases.data_state() | own)
+            self._save_to(self._checkpoints)
         self._goodput.record(self.step, force=True)
         self._unsaved = False
+
+    def save_locally(self) -> None:
+        """Begin to write a checkpoint on the hosts' own disks."""
+        self._logs.flush()
+        with self._timed("writing a checkpoint"):
+            self._save_to(self._local_checkpoints)
+        self._goodput.record(self.step, force=True)
+
+    def _save_to(self, checkpoints: Checkpoints | LocalCheckpoints) -> None:
+        state = self.phases.trainer.checkpoint_state(self.state)
+        watched = self._experiment.divergence.action != "off"
+        own = {"divergence": self._monitor.state()} if watched else {}
+        checkpoints.save(self.step, state, self.phases.data_state() | own)
 
     def roll_back(self) -> None:
         """Return to a checkpoint before the divergence; the data goes on where it is.
@@ -269,6 +286,7 @@ class ActiveRun:
                 self._log_evals(self._last_metrics)
         with self._timed("waiting for the last checkpoint"):
             checkpoints.wait()
+            self._local_checkpoints.clear()
             self.log_checkpoints()
 
     def finish(self) -> TrainingResult:

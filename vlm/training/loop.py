@@ -203,6 +203,8 @@ def _loop(progress: _Progress, run: Run, timed: ActivityTimer, length: Length) -
                 active.log_checkpoints()
                 if active.saves:
                     active.save()
+                if active.saves_locally:
+                    active.save_locally()
                 timed.step = active.step
                 if not closed:
                     try:
