@@ -11,13 +11,13 @@ import pathlib
 import shutil
 import sys
 import tempfile
-import time
 
 import jax
 import numpy as np
 import torch
 import transformers
 from flax import nnx
+from turns import best_times
 
 from vlm.bundle import load
 
@@ -76,14 +76,9 @@ def compare(name: str, rounds: int = 6) -> None:
         return torch.nn.functional.normalize(getattr(z, "pooler_output", z), dim=-1).numpy()
 
     runs = {"vlm": lambda: np.asarray(encode(state, images)), "transformers": reference}
-    best = dict.fromkeys(runs, float("inf"))
     with torch.inference_mode():
         z = {which: run() for which, run in runs.items()}
-        for _ in range(rounds):
-            for which, run in runs.items():
-                began = time.perf_counter()
-                run()
-                best[which] = min(best[which], time.perf_counter() - began)
+        best = best_times(runs, rounds)
     rates = {which: batch / seconds for which, seconds in best.items()}
     print(
         f"{name:18} batch {batch}: vlm {rates['vlm']:.2f}/s, transformers "

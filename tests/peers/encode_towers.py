@@ -6,7 +6,6 @@ Run with the extra `peers` installed beside vlm.
 """
 
 import sys
-import time
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ import open_clip
 import torch
 from architectures import described
 from flax import nnx
+from turns import best_times
 
 from vlm.weights import open_clip as ours
 from vlm.weights.files import Arrays
@@ -39,14 +39,9 @@ def compare(name: str, batch_size: int, rounds: int) -> None:
         "vlm": lambda: jax.block_until_ready(encode(state, images)),
         "open_clip": lambda: theirs.encode_image(pixels, normalize=True),
     }
-    best = dict.fromkeys(runs, float("inf"))
     with torch.inference_mode():
         z = {kind: np.asarray(run()) for kind, run in runs.items()}
-        for _ in range(rounds):
-            for kind, run in runs.items():
-                began = time.perf_counter()
-                run()
-                best[kind] = min(best[kind], time.perf_counter() - began)
+        best = best_times(runs, rounds)
     rates = {kind: batch_size / seconds for kind, seconds in best.items()}
     print(
         f"{name:16} batch {batch_size}: vlm {rates['vlm']:.2f} images/s, open_clip "

@@ -6,15 +6,15 @@ While one process runs, the other and its workers are stopped, so that no queue 
 import atexit
 import contextlib
 import os
+import pathlib
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-# `vlm train` sets this for itself: large buffers in huge pages.
-OURS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+from vlm.cli.runtime import malloc_settings  # `vlm train` sets them for itself
 
 
 class Peer:
@@ -27,7 +27,7 @@ class Peer:
             stdin=pipe,
             stdout=pipe,
             text=True,
-            env=os.environ | (OURS if name.startswith("ours") else {}),
+            env=os.environ | (malloc_settings() if name.startswith("ours") else {}),
             process_group=0,
         )
         atexit.register(self.stop)
@@ -45,6 +45,16 @@ class Peer:
                 os.killpg(self.process.pid, signal.SIGSTOP)
                 return tuple(map(float, line.split()[1:]))
         raise RuntimeError(f"{self.name} stopped; its error is above")
+
+    def cpu_seconds(self) -> float:
+        """User and system time of the process and its workers so far (Linux)."""
+        ticks = 0
+        for file in pathlib.Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                fields = file.read_text().rpartition(")")[2].split()
+                if int(fields[2]) == self.process.pid:
+                    ticks += sum(map(int, fields[11:15]))  # with children that have ended
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -68,6 +78,15 @@ def time_of(function) -> float:
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
+
+
+def best_times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Call functions of one process in turns; return the shortest time of each, in seconds."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            best[name] = min(best[name], time_of(run))
+    return best
 
 
 def compare(peers: list[Peer], requests: list[str], rounds: int) -> None:

@@ -1,5 +1,6 @@
 """Activations, linear layers, normalisation, dropout and MLPs."""
 
+import functools
 from collections.abc import Callable
 from typing import get_args
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
@@ -113,9 +115,29 @@ def _product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Arra
     """
 
     def flat(x, kernel):
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+        return _narrowing(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
     return lax.platform_dependent(x, kernel, cpu=flat, default=jnp.matmul)
+
+
+@jax.custom_jvp
+def _narrowing(x: Float[Array, "n i"], kernel: Float[Array, "i o"]) -> Float[Array, "n o"]:
+    """x @ kernel, whose kernel gradient is computed with the narrower factor on the left."""
+    return x @ kernel
+
+
+@functools.partial(_narrowing.defjvp, symbolic_zeros=True)
+def _narrowing_jvp(primals, tangents):
+    # Eigen's packing of the transposed left factor limits the gradient x^T g of a wide x: g^T x is
+    # up to a third faster. The barrier keeps XLA from turning the product around again.
+    (x, kernel), (dx, dkernel) = primals, tangents
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(dx @ kernel)
+    if not isinstance(dkernel, SymbolicZero):
+        narrows = kernel.shape[1] < kernel.shape[0]
+        terms.append(x @ (lax.optimization_barrier(dkernel.T).T if narrows else dkernel))
+    return x @ kernel, sum(terms) if terms else jnp.zeros((len(x), kernel.shape[1]), x.dtype)
 
 
 def by_rows(function: Callable, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:

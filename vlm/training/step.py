@@ -44,6 +44,7 @@ from vlm.sharding import (
     replicated,
     shardings,
 )
+from vlm.training.compiler_options import compiler_options
 from vlm.training.masking import mask_tokens
 from vlm.training.objectives import (
     HEADS,
@@ -175,6 +176,7 @@ class Trainer:
             in_shardings=(self.state_shardings, batch_sharding(self.mesh)),
             out_shardings=(self.state_shardings, replicated_sharding),
             donate_argnums=0,
+            compiler_options=compiler_options(self.mesh, compute_dtype(self.experiment.dtype)),
         )
 
     def _step(

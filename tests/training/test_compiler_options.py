@@ -1,0 +1,41 @@
+"""XLA options of a training step on CPUs."""
+
+import platform
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vlm.config import MeshConfig
+from vlm.sharding import make_mesh
+from vlm.training import compiler_options as options
+
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86 CPUs")
+
+
+def on_a_cpu(dtype=jnp.float32):
+    return options.compiler_options(make_mesh(MeshConfig(), jax.devices("cpu")[:1]), dtype)
+
+
+@x86
+def test_float32_products_are_no_fusion_of_ynnpack():
+    rows, kernel = jnp.ones((512, 64)), jnp.ones((64, 64))
+
+    def program(**given) -> str:
+        return jax.jit(jnp.matmul, **given).lower(rows, kernel).compile().as_text()
+
+    assert "__ynn_fusion" in program()
+    assert "__ynn_fusion" not in program(compiler_options=on_a_cpu())
+
+
+def test_other_dtypes_and_abstract_devices_have_no_options():
+    assert on_a_cpu(jnp.bfloat16) == {}
+    mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1]).abstract_mesh
+    assert options.compiler_options(mesh, jnp.float32) == {}
+
+
+def test_an_option_that_xla_does_not_have_is_left_out(monkeypatch):
+    monkeypatch.setattr(options, "PRODUCTS_BY_EIGEN", {"xla_cpu_no_such_option": "1"})
+    options._accepted.cache_clear()
+    assert on_a_cpu() == {}
+    options._accepted.cache_clear()

@@ -1,0 +1,40 @@
+"""XLA options of a training step on CPUs."""
+
+import functools
+import platform
+
+import jax
+import jax.numpy as jnp
+from jax.errors import JaxRuntimeError
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
+
+# Matrix products by Eigen with oneDNN's kernels instead of YNNPACK's: 5 to 18% faster on an AMD
+# EPYC for the shapes of ViTs, at hundreds of rows or more. YNNPACK keeps its other defaults.
+PRODUCTS_BY_EIGEN = {
+    "xla_cpu_experimental_ynn_fusion_type": ",".join(
+        f"LIBRARY_FUSION_TYPE_{kind}" for kind in ("REDUCE", "INDIVIDUAL_CONVOLUTION")
+    )
+}
+
+
+def compiler_options(mesh: Mesh | AbstractMesh, dtype: DTypeLike) -> dict[str, str]:
+    """Return the `compiler_options` of `jax.jit` for a step with products of `dtype` on `mesh`.
+
+    Only float32 on x86 CPUs has any: the kernels are made for them.
+    """
+    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "cpu":
+        return {}
+    has_kernels = platform.machine() in ("x86_64", "AMD64") and dtype == jnp.float32
+    return dict(PRODUCTS_BY_EIGEN) if has_kernels and _accepted() else {}
+
+
+@functools.cache
+def _accepted() -> bool:
+    """Whether this version of XLA has the options, which are experimental."""
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            jax.jit(lambda: 0, compiler_options=PRODUCTS_BY_EIGEN).lower().compile()
+    except JaxRuntimeError:
+        return False
+    return True
