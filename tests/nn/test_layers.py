@@ -28,7 +28,7 @@ def test_gradients_are_those_of_a_matrix_product(i, o):
 
 def products(function, *arrays) -> list[str]:
     """Shapes of the products of a compiled function."""
-    program = jax.jit(function).lower(*arrays).compile().as_text()
+    program = str(jax.jit(function).lower(*arrays).compile().as_text())
     return re.findall(r"= f32\[([\d,]+)\]\S* dot\(", program)
 
 

@@ -62,8 +62,7 @@ def ours(config: c.Experiment) -> None:
     mesh = make_mesh(config.mesh)
     trainer = Trainer(config, mesh)
     batch_size = config.batch_size
-    length = config.model.text.context_length
-    tokenizer = train_bpe(vocabulary_texts(config.data), TEXTS, length)
+    tokenizer = train_bpe(vocabulary_texts(config.data), TEXTS, config.tokenizer.context_length)
     batches = train_batches(
         config.data, trainer.preprocess, tokenizer, batch_size=batch_size, seed=0
     )
@@ -95,6 +94,8 @@ def theirs(config: c.Experiment, workers: int, threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     vision, text = config.model.vision, config.model.text
+    assert isinstance(vision, c.ViTConfig)
+    assert isinstance(text, c.TextConfig)
     source = CachedSource(
         open_source(config.data, "train"), config.data, Preprocess(config.preprocess)
     )

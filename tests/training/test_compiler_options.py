@@ -22,7 +22,7 @@ def test_float32_products_are_no_fusion_of_ynnpack():
     rows, kernel = jnp.ones((512, 64)), jnp.ones((64, 64))
 
     def program(**given) -> str:
-        return jax.jit(jnp.matmul, **given).lower(rows, kernel).compile().as_text()
+        return str(jax.jit(jnp.matmul, **given).lower(rows, kernel).compile().as_text())
 
     assert "__ynn_fusion" in program()
     assert "__ynn_fusion" not in program(compiler_options=on_a_cpu())

@@ -131,13 +131,13 @@ def _narrowing_jvp(primals, tangents):
     # Eigen's packing of the transposed left factor limits the gradient x^T g of a wide x: g^T x is
     # up to a third faster. The barrier keeps XLA from turning the product around again.
     (x, kernel), (dx, dkernel) = primals, tangents
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(dx @ kernel)
+    y = x @ kernel
+    dy = jnp.zeros_like(y) if isinstance(dx, SymbolicZero) else dx @ kernel
     if not isinstance(dkernel, SymbolicZero):
-        narrows = kernel.shape[1] < kernel.shape[0]
-        terms.append(x @ (lax.optimization_barrier(dkernel.T).T if narrows else dkernel))
-    return x @ kernel, sum(terms) if terms else jnp.zeros((len(x), kernel.shape[1]), x.dtype)
+        if kernel.shape[1] < kernel.shape[0]:
+            dkernel = lax.optimization_barrier(dkernel.T).T
+        dy = dy + x @ dkernel
+    return y, dy
 
 
 def by_rows(function: Callable, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
