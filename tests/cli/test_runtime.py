@@ -61,42 +61,6 @@ def test_what_the_user_says_holds(machine, monkeypatch, platforms):
     assert chosen(monkeypatch) == platforms
 
 
-def test_freed_memory_is_kept_where_a_cpu_trains(machine, monkeypatch, tmp_path):
-    assert runtime.KEEP_FREED in runtime.malloc_settings()["GLIBC_TUNABLES"]
-    (tmp_path / "accel0").touch()
-    assert runtime.malloc_settings() == {"GLIBC_TUNABLES": runtime.HUGE_PAGES}
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert runtime.KEEP_FREED in runtime.malloc_settings()["GLIBC_TUNABLES"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
-def test_a_freed_block_is_kept():
-    code = """if True:
-        import resource, threading
-        import numpy as np
-
-        faults = []
-
-        def fill():  # a thread, as of XLA
-            for _ in range(3):
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-                np.ones(1 << 24)
-                faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-
-        thread = threading.Thread(target=fill)
-        thread.start()
-        thread.join()
-        print(faults[-1])
-    """
-
-    def faults(settings: str) -> int:
-        env = os.environ | {"GLIBC_TUNABLES": settings}
-        return int(subprocess.check_output([sys.executable, "-c", code], env=env))
-
-    assert faults(runtime.KEEP_FREED) < 10
-    assert faults("") > 30  # 2 MiB pages or smaller ones
-
-
 @pytest.mark.slow
 def test_a_command_is_silent_where_libtpu_is_installed():
     if runtime.TPU_DEVICES and any(map(runtime.glob.glob, runtime.TPU_DEVICES)):

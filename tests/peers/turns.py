@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from vlm.cli.runtime import malloc_settings  # `vlm train` sets them for itself
+from vlm.cli.runtime import MALLOC  # `vlm train` sets it for itself
 
 
 class Peer:
@@ -27,7 +27,7 @@ class Peer:
             stdin=pipe,
             stdout=pipe,
             text=True,
-            env=os.environ | (malloc_settings() if name.startswith("ours") else {}),
+            env=os.environ | (MALLOC if name.startswith("ours") else {}),
             process_group=0,
         )
         atexit.register(self.stop)

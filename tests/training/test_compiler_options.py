@@ -1,5 +1,6 @@
-"""XLA options of a training step on CPUs."""
+"""XLA options of a training step, by its devices."""
 
+import importlib.util
 import platform
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from vlm.config import MeshConfig
+from vlm.planning.topology import parse_topology, topology_devices
 from vlm.sharding import make_mesh
 from vlm.training import compiler_options as options
 
@@ -32,6 +34,16 @@ def test_other_dtypes_and_abstract_devices_have_no_options():
     assert on_a_cpu(jnp.bfloat16) == {}
     mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1]).abstract_mesh
     assert options.compiler_options(mesh, jnp.float32) == {}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_gathers_on_tpus_overlap_unless_the_environment_says_otherwise(monkeypatch):
+    mesh = make_mesh(MeshConfig(), topology_devices(parse_topology("v5p:2x2x1")))
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    gather, fuse = options.OVERLAPPED_GATHERS
+    assert set(options.compiler_options(mesh, jnp.bfloat16)) == {gather, fuse}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{gather}=false")
+    assert set(options.compiler_options(mesh, jnp.bfloat16)) == {fuse}
 
 
 def test_an_option_that_xla_does_not_have_is_left_out(monkeypatch):

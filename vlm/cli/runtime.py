@@ -12,18 +12,7 @@ from importlib import metadata
 
 # Huge pages for large buffers: XLA allocates them at every step, and page faults of small pages
 # take a fifth of a training step on a CPU. glibc reads this when a process starts.
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-# Where a CPU trains, freed buffers also stay in the process, since clearing the pages of each
-# step's 2 or 3 GB again takes another sixth. Only the main arena can keep blocks of this size.
-_ALWAYS = 1 << 40  # bytes: above any block
-KEEP_FREED = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in (
-        ("arena_max", 1),
-        ("mmap_threshold", _ALWAYS),
-        ("trim_threshold", _ALWAYS),
-    )
-)
+MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 HEAVY = ("train", "bench")  # commands that use it
 
 INFERENCE = {
@@ -54,22 +43,11 @@ def leave_out_absent_tpu() -> None:
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
-    if not _accelerated():
-        os.environ["JAX_PLATFORMS"] = "cpu"
-
-
-def _accelerated() -> bool:
-    """Whether there is a TPU, or a plugin for another device is installed."""
     if any(map(glob.glob, TPU_DEVICES)) or any(name in os.environ for name in TPU_VARIABLES):
-        return True
-    plugins = importlib.util.find_spec("jax_plugins") or metadata.entry_points(group="jax_plugins")
-    return bool(plugins)
-
-
-def malloc_settings() -> dict[str, str]:
-    """Return the settings of glibc's allocator for training in this environment."""
-    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not _accelerated()
-    return {"GLIBC_TUNABLES": f"{HUGE_PAGES}:{KEEP_FREED}" if on_cpu else HUGE_PAGES}
+        return
+    if importlib.util.find_spec("jax_plugins") or metadata.entry_points(group="jax_plugins"):
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def prepare_inference() -> None:
@@ -80,6 +58,6 @@ def prepare_inference() -> None:
 
 def restart_with_huge_pages(args: list[str]) -> None:
     """Restart this process once, with settings that only a new process reads."""
-    is_heavy = sys.platform == "linux" and args[:1] and args[0] in HEAVY
-    if is_heavy and "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, sys.orig_argv, os.environ | malloc_settings())
+    unset = [name for name in MALLOC if name not in os.environ]
+    if sys.platform == "linux" and args[:1] and args[0] in HEAVY and unset:
+        os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
