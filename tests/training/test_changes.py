@@ -121,8 +121,8 @@ def test_a_run_of_eight_devices_resumes_on_four(tiny, tmp_path):
     wait(start([config, "--run-dir", run], env, log), log)
 
     env = environment(4)
-    refused = wait(start(["--resume", run], env, log), log, 1)
-    assert "mesh data 8 x fsdp 1 x tensor 1 does not multiply" in refused
+    refused = wait(start(["--resume", run, "--mesh.data", "3"], env, log), log, 1)
+    assert "mesh data 3 x fsdp 1 x tensor 1 does not multiply" in refused
     mesh = ["--mesh.data", "1", "--mesh.fsdp", "4"]
     refused = wait(start(["--resume", run, *mesh, "--lock", "text"], env, log), log, 1)
     assert "lock 'text' keeps a tower as it starts" in refused

@@ -58,6 +58,8 @@ def test_the_data_axis_shrinks_and_grows(tiny):
     assert fitted(e, 8, 16).mesh == MeshConfig(data=-1, fsdp=2)
     with pytest.raises(ShardingError, match="and there are 5: change the mesh, or leave one"):
         fitted(e, 8, 5)
+    fixed = dataclasses.replace(e, mesh=MeshConfig(data=8))  # fsdp is 1, also of TPUs
+    assert fitted(fixed, 8, 4).mesh == MeshConfig(data=-1, fsdp=1)
     one_free = dataclasses.replace(e, mesh=MeshConfig(data=4, fsdp=-1))
     assert fitted(one_free, 8, 4).mesh == one_free.mesh
 

@@ -42,8 +42,9 @@ def fitted(experiment: Experiment, before: int, now: int) -> Experiment:
     if now == before:
         return e
     mesh = e.mesh
-    if -1 not in (mesh.data, mesh.fsdp, mesh.tensor) and now % (mesh.fsdp * mesh.tensor) == 0:
-        mesh = dataclasses.replace(mesh, data=-1)
+    fsdp = mesh.fsdp or 1  # None: 1, where data is fixed
+    if -1 not in (mesh.data, fsdp, mesh.tensor) and now % (fsdp * mesh.tensor) == 0:
+        mesh = dataclasses.replace(mesh, data=-1, fsdp=fsdp)
     e = dataclasses.replace(e, mesh=mesh)
     if now > before:
         return e
