@@ -90,7 +90,8 @@ def mesh_sizes(
     fsdp = config.fsdp
     if fsdp is None:
         shards_state = tpu and config.data == -1
-        fsdp = math.gcd(devices // slices // config.tensor, DEFAULT_FSDP) if shards_state else 1
+        per_slice = max(1, devices // slices // config.tensor)
+        fsdp = math.gcd(per_slice, DEFAULT_FSDP) if shards_state else 1
     sizes = [config.data, fsdp, config.tensor]
     wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:

@@ -48,6 +48,11 @@ def test_gathers_on_tpus_overlap_unless_the_environment_says_otherwise(monkeypat
 
 def test_an_option_that_xla_does_not_have_is_left_out(monkeypatch):
     monkeypatch.setattr(options, "PRODUCTS_BY_EIGEN", {"xla_cpu_no_such_option": "1"})
-    options._accepted.cache_clear()
     assert on_a_cpu() == {}
-    options._accepted.cache_clear()
+
+
+@x86
+def test_flags_of_the_environment_take_precedence(monkeypatch):
+    assert set(on_a_cpu()) == set(options.PRODUCTS_BY_EIGEN)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    assert on_a_cpu() == {}

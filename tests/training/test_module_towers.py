@@ -75,6 +75,17 @@ def test_steps_on_a_mesh_are_those_of_one_device(rule):
 
 
 @pytest.mark.slow
+def test_a_tower_gets_parameters_whole_whatever_its_partition_shards():
+    text = dataclasses.replace(TEXT, partition=(("embedding/embedding", ("data", "fsdp")),))
+    e = dataclasses.replace(EXPERIMENT, model=dataclasses.replace(MODEL, text=text))
+    _, loss = trained(e, 1)
+    shared, same = trained(dataclasses.replace(e, mesh=MeshConfig(data=4, fsdp=2)), 8)
+    assert same == pytest.approx(loss, abs=1e-4)
+    spec = shared.params["text"]["embedding"]["embedding"].sharding.spec
+    assert spec == P("data", "fsdp")
+
+
+@pytest.mark.slow
 def test_a_run_is_resumed_loaded_and_continued(drawings, tmp_path):
     data = DataConfig(source=drawings, eval_split=None)
     e = dataclasses.replace(EXPERIMENT, data=data, mesh=MESH, run_dir=str(tmp_path / "run"))

@@ -5,6 +5,7 @@ dies, all others exit within a bounded time, with a message that names the dead 
 """
 
 import atexit
+import collections
 import contextlib
 import itertools
 import os
@@ -170,7 +171,11 @@ def exchange_texts(text: str) -> list[str]:
     if jax.process_count() == 1:
         return [text]
     get = _put(text)
-    return [get(process) for process in range(jax.process_count())]
+    texts = [get(process) for process in range(jax.process_count())]
+    # All processes have made this call, so they have read what came before.
+    while len(_published) > 1:
+        watch.service().key_value_delete(_published.popleft())
+    return texts
 
 
 def process_name(process: int | None = None) -> str:
@@ -179,6 +184,7 @@ def process_name(process: int | None = None) -> str:
 
 
 _calls = itertools.count()  # all processes make the same calls in the same order
+_published: collections.deque[str] = collections.deque()  # keys of this process, oldest first
 # Milliseconds; the heartbeats detect dead processes much earlier.
 _GET_TIMEOUT = 7 * 24 * 3600 * 1000
 
@@ -186,7 +192,9 @@ _GET_TIMEOUT = 7 * 24 * 3600 * 1000
 def _put(text: str) -> Callable[[int], str]:
     """Publish this process's text; return a function that gets the text of another process."""
     client, place = watch.service(), f"vlm/texts/{next(_calls)}/"
-    client.key_value_set(f"{place}{jax.process_index()}", f"={text}")
+    key = f"{place}{jax.process_index()}"
+    client.key_value_set(key, f"={text}")
+    _published.append(key)
     return lambda process: client.blocking_key_value_get(f"{place}{process}", _GET_TIMEOUT)[1:]
 
 

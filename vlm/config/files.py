@@ -24,7 +24,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     Example:
         >>> from vlm.config import to_dict
         >>> to_dict(vlm.MeshConfig(fsdp=4))
-        {'data': -1, 'fsdp': 4, 'tensor': 1}
+        {'data': -1, 'fsdp': 4, 'tensor': 1, 'gather': None}
     """
     return json_value(config)
 

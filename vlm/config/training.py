@@ -33,8 +33,9 @@ class MeshConfig(Config):
             None: up to 16 on TPUs, if data is -1; else 1.
         tensor: Size of the axis that shards attention heads and the hidden layers of MLPs.
         gather: How many of the parameters that fsdp shards are whole on a device at a time. layer:
-            those of one layer, which needs least memory. step: all during a step, so that
-            micro-batches communicate once. None: step with micro-batches, else layer.
+            those of one layer, which needs least memory, for blocks of `vlm.nn.Transformer`;
+            others are whole. step: all during a step, so that micro-batches communicate once.
+            None: step with micro-batches, else layer.
 
     Example:
         >>> vlm.MeshConfig(data=-1, fsdp=8)  # data: all remaining devices

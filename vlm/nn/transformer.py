@@ -203,6 +203,7 @@ class Transformer(nnx.Module):
         """Apply only the last block to `x`."""
         block, parameters = nnx.split(self.blocks)
         parameters = jax.tree.map(lambda p: p[-1], nnx.to_pure_dict(parameters))
+        parameters = gathered(parameters, self.depth, self.execution.dtype, dict(self.shards))
         return nnx.merge(block, parameters)(x, None, None)
 
 
@@ -214,7 +215,8 @@ def gather_layers(model: nnx.Module, dimensions: Dimensions) -> set[tuple[str, .
     """
     found = set()
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Transformer):
+        # A subclass that runs the blocks in its own way gets them whole.
+        if isinstance(module, Transformer) and type(module).__call__ is Transformer.__call__:
             start = (*map(str, path), "blocks")
             own = {p: d for p, d in dimensions.items() if p[: len(start)] == start and d > 0}
             module.shards = tuple((p[len(start) :], d - 1) for p, d in own.items())

@@ -46,7 +46,7 @@ def analytic_memory(
     """Estimate the memory of a step per device of a mesh."""
     e, extra, size = experiment, planned_supervision(experiment), _itemsize(experiment)
     fsdp, tensor_ways = mesh_shape["fsdp"], mesh_shape["tensor"]
-    batch_ways = mesh_shape["data"] * fsdp
+    batch_ways, gathers_once = mesh_shape["data"] * fsdp, fsdp > 1 == tensor_ways and e.gathers_once
     rows = (e.micro_batch_size or e.batch_size) / batch_ways
     kept, block, embedding = 0.0, 0.0, 0.0
     for tower, tokens, config in _towers(e):
@@ -77,7 +77,7 @@ def analytic_memory(
     return AnalyticMemory(
         state=state.parameters + state.optimizer + state.averages + state.teacher,
         # Gathered at once, all parameters and their gradients are whole.
-        gradients=2 * fsdp * state.trained if fsdp > 1 and e.gathers_once else state.trained,
+        gradients=fsdp * (state.parameters + state.trained) if gathers_once else state.trained,
         activations=kept + images,
         working=block + tiles,
         teacher=embedding + images,
@@ -148,11 +148,12 @@ def analytic_traffic(
     data, fsdp, tensor = (mesh_shape[axis] for axis in ("data", "fsdp", "tensor"))
     ways, extra = data * fsdp, planned_supervision(experiment)
     parts = experiment.batch_size // (experiment.micro_batch_size or experiment.batch_size)
+    gathers_once = experiment.gathers_once and tensor == 1
     sent = {}
     if ways > 1:
         # Each device of `fsdp` gets the sum of its shard, which is then summed over `data`.
         scattered, reduced = (fsdp - 1) / fsdp, 2 * (data - 1) / data
-        scattered *= 1 if experiment.gathers_once else parts
+        scattered *= 1 if gathers_once else parts
         sent[GRADIENTS] = parameters / tensor * (scattered + reduced / fsdp)
     if ways > 1 and experiment.objective != "classification":
         ours = experiment.model.embed_dim
@@ -173,8 +174,10 @@ def analytic_traffic(
         taught = (rows * n * c.width * c.depth * FLOAT32 for n, c in _teacher_towers(extra))
         sent[TENSOR] = 2 * (passes * moved + sum(taught)) * 2 * (tensor - 1) / tensor
     if fsdp > 1:
-        # Once in float32, or twice in 16 bits: for the forward and the backward pass.
-        moved = parameters * (1 if experiment.gathers_once else parts)
+        # Once in float32; or for each forward and backward pass, in the type of the products.
+        passes = 3 if parts > 1 else 2
+        narrow = _itemsize(experiment) / FLOAT32
+        moved = parameters * (1 if gathers_once else parts * passes * narrow)
         if extra.embedding is not None:
             moved += total_bytes(extra.embedding.parameters)  # once, in float32
         sent[FSDP] = moved / tensor * (fsdp - 1) / fsdp

@@ -227,7 +227,9 @@ def plan(
     experiment = resolve(experiment)
     e = with_dtype(experiment, "cpu" if topology.chip is None else topology.chip.platform)
     if mesh is not None:
-        e = dataclasses.replace(e, mesh=parse_mesh(mesh) if isinstance(mesh, str) else mesh)
+        mesh = parse_mesh(mesh) if isinstance(mesh, str) else mesh
+        mesh = dataclasses.replace(mesh, gather=mesh.gather or e.mesh.gather)
+        e = dataclasses.replace(e, mesh=mesh)
     compiled = compiled and topology.compiles
     if calibration and topology.chip is None:
         raise ConfigError(f"{topology.name} has no published rates: leave --calibration out")

@@ -67,7 +67,7 @@ def sweep(
     for i in promising:
         rough = plans[i]
         report(f"compiling {rough.topology.name} {rough.mesh} remat {rough.experiment.remat}")
-        mesh = dataclasses.replace(rough.experiment.mesh, **rough.mesh)
+        mesh = MeshConfig(**rough.mesh)
         plans[i] = plan(rough.experiment, rough.topology, mesh, loss=False, calibration=calibration)
     return sorted(plans, key=order)
 

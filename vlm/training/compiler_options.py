@@ -28,23 +28,28 @@ PRODUCTS_BY_EIGEN = {
 def compiler_options(mesh: Mesh | AbstractMesh, dtype: DTypeLike) -> dict[str, str]:
     """Return the `compiler_options` of `jax.jit` for a step with products of `dtype` on `mesh`.
 
-    Options that the environment variable LIBTPU_INIT_ARGS names are left to it. On CPUs only
-    float32 on x86 has any: the kernels are made for it.
+    Options that the environment variables LIBTPU_INIT_ARGS and XLA_FLAGS name are left to them. On
+    CPUs only float32 on x86 has any: the kernels are made for it.
     """
     device = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+    options: dict[str, str] = {}
     if device == "tpu":
-        given = os.environ.get("LIBTPU_INIT_ARGS", "")
-        return {name: value for name, value in OVERLAPPED_GATHERS.items() if name not in given}
-    has_kernels = platform.machine() in ("x86_64", "AMD64") and dtype == jnp.float32
-    return dict(PRODUCTS_BY_EIGEN) if device == "cpu" and has_kernels and _accepted() else {}
+        options = OVERLAPPED_GATHERS
+    elif device == "cpu" and platform.machine() in ("x86_64", "AMD64") and dtype == jnp.float32:
+        options = PRODUCTS_BY_EIGEN
+    given = os.environ.get("LIBTPU_INIT_ARGS", "") + os.environ.get("XLA_FLAGS", "")
+    options = {name: value for name, value in options.items() if name not in given}
+    return options if options and _accepted(device, tuple(options.items())) else {}
 
 
 @functools.cache
-def _accepted() -> bool:
-    """Whether this version of XLA has the options, which are experimental."""
+def _accepted(kind: str, options: tuple[tuple[str, str], ...]) -> bool:
+    """Whether XLA has these options, of which some are experimental; true for described devices."""
+    if kind not in ("cpu", jax.default_backend()):
+        return True
     try:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            jax.jit(lambda: 0, compiler_options=PRODUCTS_BY_EIGEN).lower().compile()
+        with jax.default_device(jax.local_devices(backend=kind)[0]):
+            jax.jit(lambda: 0, compiler_options=dict(options)).lower().compile()
     except JaxRuntimeError:
         return False
     return True

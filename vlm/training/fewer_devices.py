@@ -54,8 +54,10 @@ def fitted(experiment: Experiment, before: int, now: int) -> Experiment:
         micro = e.batch_size // parts
         if e.batch_size % parts or micro > rows * ways:
             continue
+        if mesh.fsdp not in (None, 1) and not e.gathers_once:  # by default micro-batches do
+            mesh = dataclasses.replace(mesh, gather="layer")
         try:
-            changed = dataclasses.replace(e, micro_batch_size=micro)
+            changed = dataclasses.replace(e, micro_batch_size=micro, mesh=mesh)
         except VlmError:  # of another field, such as sequence_lengths
             continue
         if not _problem(changed, now):

@@ -249,7 +249,7 @@ class LocalCheckpoints:
         if problems := list(filter(None, exchange_texts(problem))):
             log.warning(problems[0])
             return None
-        send(sent, holders, values)
+        send(sent, holders, needed, values)
         return assembled(abstract, pieces, values), sum(holders[shard].size for shard in sent)
 
 

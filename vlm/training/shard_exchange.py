@@ -62,9 +62,12 @@ def pieces_of(abstract: Any, holders: Mapping[Shard, Holders]) -> dict[Shard, li
 
 
 def send(
-    shards: list[Shard], holders: Mapping[Shard, Holders], values: dict[Shard, np.ndarray]
+    shards: list[Shard],
+    holders: Mapping[Shard, Holders],
+    needed: set[Shard],
+    values: dict[Shard, np.ndarray],
 ) -> None:
-    """Send the bytes of shards to all processes, into `values`.
+    """Send the bytes of shards to the processes that need them, into `values`.
 
     All processes must call it. The bytes of many shards go together, in chunks of one size, so that
     one program is compiled.
@@ -74,16 +77,20 @@ def send(
         ends = list(itertools.accumulate(holders[shard].size for shard in group))
         spans = {s: slice(end - holders[s].size, end) for s, end in zip(group, ends, strict=True)}
         chunk = min(_CHUNK, -(-ends[-1] // 4) * 4)
-        content = np.zeros(-(-ends[-1] // chunk) * chunk, np.uint8)
         is_source = sender == jax.process_index()
+        is_target = not needed.isdisjoint(set(group) - values.keys())
+        size = -(-ends[-1] // chunk) * chunk
+        content = np.zeros(size if is_source or is_target else chunk, np.uint8)
         if is_source:
             for shard, span in spans.items():
                 content[span] = values[shard]
-        for start in range(0, len(content), chunk):
-            words = content[start : start + chunk].view(np.uint32)  # sums of integers are exact
+        for start in range(0, size, chunk):
+            place = start if len(content) == size else 0  # others only take part
+            words = content[place : place + chunk].view(np.uint32)  # sums of integers are exact
             words[:] = multihost_utils.broadcast_one_to_all(words, is_source)
-        for shard, span in spans.items():
-            values.setdefault(shard, content[span])
+        if is_target:
+            for shard, span in spans.items():
+                values.setdefault(shard, content[span])
 
 
 def assembled(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from vlm._deprecation import renamed_method
@@ -93,6 +93,7 @@ class Trainer:
     """Jitted functions of a run: `init`, `step`, `embed_images`, `embed_texts`.
 
     The module's graph is split from its parameters once, here; the functions take plain trees.
+    `step` has compiler options of its own, so another jitted function cannot call it.
 
     Example:
         >>> mesh = vlm.sharding.make_mesh(vlm.MeshConfig())
@@ -150,9 +151,12 @@ class Trainer:
         return nnx.graphdef(model), {p: d for p, d in dimensions.items() if p not in layers}
 
     def _parameter_specs(self) -> tuple[Params, Params]:
-        """Return the specs of trained and frozen parameters."""
-        state = self.state_shardings
-        return jax.tree.map(lambda x: x.spec, (state.params, state.frozen))
+        """Return how the towers get trained and frozen parameters: shards over `fsdp` alone."""
+
+        def spec(sharding):
+            return PartitionSpec(*(axis if axis == "fsdp" else None for axis in sharding.spec))
+
+        return jax.tree.map(spec, (self.state_shardings.params, self.state_shardings.frozen))
 
     @property
     def supervision(self) -> Supervision:
