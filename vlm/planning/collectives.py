@@ -79,6 +79,8 @@ def collectives(
                 _is_known(array.dims, known, kind, group) for array in instruction.arrays
             )
             place = _place(kind, instruction.op_name, axes, of_parameter)
+            if place == LOSS_SUMS and axes == ("data",) and mesh_shape.get("fsdp", 1) > 1:
+                place = GRADIENTS  # of shards; sums of the loss are over all devices of the batch
         row = sums.setdefault((place, kind, axes, group, bool(between)), [0, 0.0, 0.0])
         row[0] += times
         row[1] += times * payload

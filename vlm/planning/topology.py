@@ -201,7 +201,7 @@ def parse_mesh(text: str) -> MeshConfig:
     axes = ("data", "fsdp", "tensor")
     if re.fullmatch(r"-?\d+(x-?\d+){0,2}", text):
         return MeshConfig(**dict(zip(axes, map(int, text.split("x")), strict=False)))
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis.strip() not in axes or not re.fullmatch(r"-?\d+", size.strip()):
