@@ -210,4 +210,4 @@ def parse_mesh(text: str) -> MeshConfig:
                 "32x8x1 in that order"
             )
         sizes[axis.strip()] = int(size)
-    return MeshConfig(**({"data": -1} | sizes if "data" not in sizes else sizes))
+    return MeshConfig(**sizes)  # data is -1 by default
