@@ -240,7 +240,7 @@ def test_train_shows_common_options_and_all(shown):
     assert "--model.text.depth INTEGER" in everything
     found = shown("train", "openmoji", "--help", "optimizer")
     assert "--optimizer.learning-rate NUMBER" in found
-    assert "--mesh.fsdp" not in found
+    assert "--mesh.data" not in found
     assert shown("help", "train", "optimizer") != found  # the values of that config are not shown
 
 

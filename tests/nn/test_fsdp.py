@@ -67,7 +67,7 @@ def test_layers_gather_their_own_parameters(config, remat, monkeypatch):
     specs = jax.tree.map(lambda s: s.spec, shardings(params, mesh))
     dimensions = fsdp_dimensions(specs)
     assert gather_layers(stack, dimensions) == set(dimensions)
-    assert len(dimensions) == 7  # kernels, and the bias of the hidden layer
+    assert len(dimensions) == 6  # kernels
     graph = nnx.graphdef(stack)
 
     x = jax.random.normal(jax.random.key(1), (16, 5, 128))
