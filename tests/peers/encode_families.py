@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
-from turns import best_times
+from turns import compare_encoders
 
 from vlm.bundle import load
 
@@ -77,15 +77,7 @@ def compare(name: str, rounds: int = 6) -> None:
 
     runs = {"vlm": lambda: np.asarray(encode(state, images)), "transformers": reference}
     with torch.inference_mode():
-        z = {which: run() for which, run in runs.items()}
-        best = best_times(runs, rounds)
-    rates = {which: batch / seconds for which, seconds in best.items()}
-    print(
-        f"{name:18} batch {batch}: vlm {rates['vlm']:.2f}/s, transformers "
-        f"{rates['transformers']:.2f}/s, ratio {rates['vlm'] / rates['transformers']:.2f}, apart "
-        f"by {np.abs(z['vlm'] - z['transformers']).max():.1e}",
-        flush=True,
-    )
+        compare_encoders(name, runs, batch, rounds)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import open_clip
 import torch
 from architectures import described
 from flax import nnx
-from turns import best_times
+from turns import compare_encoders
 
 from vlm.weights import open_clip as ours
 from vlm.weights.files import Arrays
@@ -40,15 +40,7 @@ def compare(name: str, batch_size: int, rounds: int) -> None:
         "open_clip": lambda: theirs.encode_image(pixels, normalize=True),
     }
     with torch.inference_mode():
-        z = {kind: np.asarray(run()) for kind, run in runs.items()}
-        best = best_times(runs, rounds)
-    rates = {kind: batch_size / seconds for kind, seconds in best.items()}
-    print(
-        f"{name:16} batch {batch_size}: vlm {rates['vlm']:.2f} images/s, open_clip "
-        f"{rates['open_clip']:.2f}, ratio {rates['vlm'] / rates['open_clip']:.2f}, apart by "
-        f"{np.abs(z['vlm'] - z['open_clip']).max():.1e}",
-        flush=True,
-    )
+        compare_encoders(name, runs, batch_size, rounds)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import itertools
 
 import numpy as np
 from turns import Peer, answer, compare, requests, time_of
+from vit_b32 import model_config
 
 BATCH, RANK, REPEATS = 32, 8, 3
 
@@ -33,24 +34,8 @@ def ours(remat: str) -> None:
     from vlm.sharding import global_batch, make_mesh
     from vlm.training.step import Trainer
 
-    quick = {"activation": "quick_gelu", "norm_eps": 1e-5, "projection": "linear"}
-    model = c.ModelConfig(
-        vision=c.ViTConfig(patch_size=32, pool="class", pre_norm=True, patch_bias=False, **quick),
-        text=c.TextConfig(
-            vocab_size=49_408,
-            context_length=77,
-            width=512,
-            heads=8,
-            mlp_dim=2048,
-            causal=True,
-            pool="end",
-            end_id=49_407,
-            **quick,
-        ),
-        embed_dim=512,
-    )
     experiment = c.Experiment(
-        model=model,
+        model=model_config(),
         preprocess=c.PreprocessConfig(image_size=224),
         tokenizer=c.TokenizerConfig(context_length=77),
         optimizer=c.OptimizerConfig(learning_rate=1e-4, clip_norm=None),

@@ -19,29 +19,15 @@ import time
 
 from openmoji_plain import config as plain
 from turns import Peer, answer, requests
+from vit_b32 import model_config
 
 from vlm import config as c
 
 TEXTS = 2048  # vocabulary of the tokenizer
 AUGMENT = plain.data.augment
-tower = {"activation": "gelu", "norm_eps": 1e-5, "projection": "linear"}
 b32 = dataclasses.replace(
     plain,
-    model=c.ModelConfig(
-        vision=c.ViTConfig(patch_size=32, pool="class", pre_norm=True, patch_bias=False, **tower),
-        text=c.TextConfig(
-            vocab_size=49_408,
-            context_length=77,
-            width=512,
-            heads=8,
-            mlp_dim=2048,
-            causal=True,
-            pool="end",
-            end_id=1,
-            **tower,
-        ),
-        embed_dim=512,
-    ),
+    model=model_config("gelu", end_id=1),
     preprocess=c.PreprocessConfig(image_size=224),
     tokenizer=c.TokenizerConfig(context_length=77),
     batch_size=32,

@@ -13,6 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 
 from vlm.cli.runtime import MALLOC  # `vlm train` sets it for itself
 
@@ -87,6 +90,21 @@ def best_times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
         for name, run in runs.items():
             best[name] = min(best[name], time_of(run))
     return best
+
+
+def compare_encoders(
+    name: str, runs: dict[str, Callable[[], Any]], batch: int, rounds: int
+) -> None:
+    """Print the images per second of two functions of one process, and how far they are apart."""
+    ours, theirs = runs
+    results = [np.asarray(run()) for run in runs.values()]
+    rates = {which: batch / seconds for which, seconds in best_times(runs, rounds).items()}
+    print(
+        f"{name:18} batch {batch}: {ours} {rates[ours]:.2f} images/s, {theirs} "
+        f"{rates[theirs]:.2f}, ratio {rates[ours] / rates[theirs]:.2f}, apart by "
+        f"{np.abs(results[0] - results[1]).max():.1e}",
+        flush=True,
+    )
 
 
 def compare(peers: list[Peer], requests: list[str], rounds: int) -> None:

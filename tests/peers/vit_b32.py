@@ -25,36 +25,37 @@ def inputs():
     return images, tokens
 
 
+def model_config(activation: str = "quick_gelu", end_id: int = 49_407):
+    """The config of ViT-B/32 with CLIP's text tower."""
+    from vlm import config as c
+
+    both: dict = {"activation": activation, "norm_eps": 1e-5, "projection": "linear"}
+    return c.ModelConfig(
+        vision=c.ViTConfig(patch_size=32, pool="class", pre_norm=True, patch_bias=False, **both),
+        text=c.TextConfig(
+            vocab_size=49_408,
+            context_length=77,
+            width=512,
+            heads=8,
+            mlp_dim=2048,
+            causal=True,
+            pool="end",
+            end_id=end_id,
+            **both,
+        ),
+        embed_dim=512,
+    )
+
+
 def ours() -> None:
     import jax
     import optax
     from flax import nnx
 
-    from vlm import config as c
     from vlm.losses import contrastive_loss
     from vlm.models.dual_encoder import DualEncoder
 
-    quick = {"activation": "quick_gelu", "norm_eps": 1e-5, "projection": "linear"}
-    model = DualEncoder(
-        c.ModelConfig(
-            vision=c.ViTConfig(
-                patch_size=32, pool="class", pre_norm=True, patch_bias=False, **quick
-            ),
-            text=c.TextConfig(
-                vocab_size=49_408,
-                context_length=77,
-                width=512,
-                heads=8,
-                mlp_dim=2048,
-                causal=True,
-                pool="end",
-                end_id=49_407,
-                **quick,
-            ),
-            embed_dim=512,
-        ),
-        rngs=nnx.Rngs(0),
-    )
+    model = DualEncoder(model_config(), rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     optimizer = optax.adamw(1e-4)
     state = {"params": params, "optimizer": optimizer.init(params)}

@@ -66,7 +66,7 @@ def step_flops(
 ) -> dict[str, PartFlops]:
     """FLOPs of one training step over the global batch: "vision/mlp", "text/pool", ..., "loss"."""
     e, batch = experiment, experiment.batch_size
-    again = 1 if e.micro_batch_size not in (None, batch) else 0
+    again = 1 if e.in_parts else 0
     towers = {"vision": vision_flops(e.model.vision, e.model.tower_dim, training=True)}
     if e.objective != "classification":  # its texts are encoded once, at the start
         towers["text"] = text_flops(e.model.text, e.model.tower_dim, masking=e.text_masking)

@@ -21,7 +21,7 @@ Dimensions = Mapping[tuple[str, ...], int]
 
 def maps_batch(mesh: Mesh | AbstractMesh) -> bool:
     """Whether `per_batch_shard` maps over a mesh: several devices, none along `tensor`."""
-    return math.prod(mesh.shape.values()) > 1 == mesh.shape["tensor"]
+    return mesh.size > 1 and mesh.shape["tensor"] == 1
 
 
 def per_batch_shard(function: Function, mesh: Mesh | AbstractMesh, specs: Any) -> Function:
@@ -61,7 +61,6 @@ def gather_shards(x: jax.Array, dimension: int, dtype: DTypeLike) -> jax.Array:
     The gradient is summed in the type of the parameter, and each device keeps its shard
     (reduce-scatter; ZeRO, arXiv:1910.02054).
     """
-
     # Axes of heads are merged: the layout of a separate one would be padded.
     shape = x.shape
     before, after = math.prod(shape[:dimension]), math.prod(shape[dimension + 1 :])
@@ -75,9 +74,8 @@ def gather_shards(x: jax.Array, dimension: int, dtype: DTypeLike) -> jax.Array:
 
     def scatter(_, gradient: jax.Array) -> jax.Array:
         gradient = gradient.astype(x.dtype).reshape(merged)
-        return jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True).reshape(
-            shape
-        )
+        part = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True)
+        return part.reshape(shape)
 
     return linear_call(gather, scatter, (), x)
 

@@ -46,7 +46,8 @@ def analytic_memory(
     """Estimate the memory of a step per device of a mesh."""
     e, extra, size = experiment, planned_supervision(experiment), _itemsize(experiment)
     fsdp, tensor_ways = mesh_shape["fsdp"], mesh_shape["tensor"]
-    batch_ways, gathers_once = mesh_shape["data"] * fsdp, fsdp > 1 == tensor_ways and e.gathers_once
+    batch_ways = mesh_shape["data"] * fsdp
+    gathers_once = fsdp > 1 and tensor_ways == 1 and e.gathers_once
     rows = (e.micro_batch_size or e.batch_size) / batch_ways
     kept, block, embedding = 0.0, 0.0, 0.0
     for tower, tokens, config in _towers(e):

@@ -50,12 +50,12 @@ def fitted(experiment: Experiment, before: int, now: int) -> Experiment:
         return e
     ways_before, ways = batch_ways(_mesh(experiment, before)), batch_ways(_mesh(e, now))
     rows = (e.micro_batch_size or e.batch_size) // ways_before
+    if mesh.fsdp not in (None, 1) and not e.gathers_once:  # by default micro-batches do
+        mesh = dataclasses.replace(mesh, gather="layer")
     for parts in range(1, e.batch_size // ways + 1):
         micro = e.batch_size // parts
         if e.batch_size % parts or micro > rows * ways:
             continue
-        if mesh.fsdp not in (None, 1) and not e.gathers_once:  # by default micro-batches do
-            mesh = dataclasses.replace(mesh, gather="layer")
         try:
             changed = dataclasses.replace(e, micro_batch_size=micro, mesh=mesh)
         except VlmError:  # of another field, such as sequence_lengths
