@@ -1,5 +1,9 @@
 """Towers mapped over the shards of a batch, with parameters that are sharded over `fsdp`."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,11 +23,15 @@ MESHES = [MeshConfig(), MeshConfig(fsdp=8), MeshConfig(data=4, fsdp=2)]
 names = ["data", "fsdp", "both"]
 
 
-@pytest.mark.parametrize("config", MESHES, ids=names)
-def test_gradients_in_bfloat16_are_summed_over_devices_in_float32(config):
+def errors_of_sums(config: MeshConfig) -> tuple[float, float]:
+    """Largest errors of a bfloat16 tower's gradient: by XLA's partitioner, and as towers are mapped.
+
+    Against a sum over the devices in float64, relative to the mean size of a gradient.
+    """
     mesh, random = make_mesh(config), np.random.default_rng(0)
     params = {"kernel": jnp.asarray(random.normal(size=(512, 32)), jnp.float32)}
-    x, ct = (jnp.asarray(random.normal(size=(64, n)), jnp.float32) for n in (512, 32))
+    rows = 8 * mesh.size
+    x, ct = (jnp.asarray(random.normal(size=(rows, n)), jnp.float32) for n in (512, 32))
     specs = jax.tree.map(lambda s: s.spec, shardings(params, mesh))
     dimensions = fsdp_dimensions(specs)
     assert dimensions == ({("kernel",): 0} if mesh.shape["fsdp"] > 1 else {})
@@ -34,25 +42,41 @@ def test_gradients_in_bfloat16_are_summed_over_devices_in_float32(config):
     def mapped(params, x):
         return tower(gather_parameters(params, dimensions), x)
 
+    def gradient(apply):
+        return jax.jit(jax.grad(lambda p, x, ct: (apply(p, x).astype(jnp.float32) * ct).sum()))
+
+    alone, parts = gradient(tower), [np.split(a, mesh.size) for a in (x, ct)]
+    wanted = sum(np.float64(alone(params, *part)["kernel"]) for part in zip(*parts, strict=True))
+    placed = [jax.device_put(a, batch_sharding(mesh)) for a in (x, ct)]
+    whole = jax.device_put(params, shardings(params, mesh))
+
     def error(apply):
-        """Largest error of a sum over the devices, relative to the mean size of a gradient."""
+        got = gradient(apply)(whole, *placed)["kernel"]
+        return float(np.abs(got - wanted).max() / np.abs(wanted).mean())
 
-        def loss(params, x, ct):
-            return (apply(params, x).astype(jnp.float32) * ct).sum()
+    return error(tower), error(per_batch_shard(mapped, mesh, specs))
 
-        rows = batch_sharding(mesh)
-        placed = [jax.device_put(a, rows) for a in (x, ct)]
-        whole = jax.device_put(params, shardings(params, mesh))
-        got = jax.jit(jax.grad(loss))(whole, *placed)["kernel"]
-        alone = jax.jit(jax.grad(lambda p, x, ct: (tower(p, x).astype(jnp.float32) * ct).sum()))
-        parts = [np.split(a, mesh.size) for a in (x, ct)]
-        wanted = sum(
-            np.float64(alone(params, *part)["kernel"]) for part in zip(*parts, strict=True)
-        )
-        return np.abs(got - wanted).max() / np.abs(wanted).mean()
 
-    assert error(tower) > 3e-3  # by XLA's partitioner
-    assert error(per_batch_shard(mapped, mesh, specs)) < 1e-6
+@pytest.mark.parametrize("config", MESHES, ids=names)
+def test_gradients_in_bfloat16_are_summed_over_devices_in_float32(config):
+    partitioned, mapped = errors_of_sums(config)
+    assert partitioned > 3e-3
+    assert mapped < 1e-6
+
+
+@pytest.mark.parametrize("config", ["data=256, fsdp=1", "data=16, fsdp=16"])
+def test_gradients_in_bfloat16_are_summed_over_256_devices_in_float32(config):
+    code = (
+        "from test_fsdp import MeshConfig, errors_of_sums\n"
+        f"print(*errors_of_sums(MeshConfig({config})))"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=256", "JAX_PLATFORMS": "cpu"}
+    output = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=os.environ | flags, text=True
+    )
+    partitioned, mapped = map(float, output.split())
+    assert partitioned > 1e-2
+    assert mapped < 1e-6
 
 
 @pytest.mark.parametrize("remat", ["none", "dots_no_batch"])
