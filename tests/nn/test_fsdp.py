@@ -24,7 +24,7 @@ names = ["data", "fsdp", "both"]
 
 
 def errors_of_sums(config: MeshConfig) -> tuple[float, float]:
-    """Largest errors of a bfloat16 tower's gradient: by XLA's partitioner, and as towers are mapped.
+    """Largest errors of a gradient in bfloat16: by XLA's partitioner, and as towers are mapped.
 
     Against a sum over the devices in float64, relative to the mean size of a gradient.
     """
