@@ -155,6 +155,9 @@ def by_rows(function: Callable, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, computed in float32 for any input dtype.
 
+    The variance of 16-bit inputs is E[x^2] - E[x]^2, which takes one pass over them instead of two.
+    In float32 it loses less to cancellation than their rounding has lost already.
+
     Example:
         >>> from flax import nnx
         >>> norm = vlm.nn.LayerNorm(4, 1e-6, rngs=nnx.Rngs(0))
@@ -169,9 +172,14 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        return (centred * inverse * self.scale[...] + self.bias[...]).astype(x.dtype)
+        mean = wide.mean(-1, keepdims=True)
+        if x.dtype.itemsize == 2:
+            variance = jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean)
+            variance = jnp.maximum(variance, 0)
+        else:
+            variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+        inverse = lax.rsqrt(variance + self.eps)
+        return ((wide - mean) * inverse * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
