@@ -79,6 +79,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    """Return the platform of a mesh's devices, such as "tpu"; empty for an abstract mesh."""
+    return "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+
+
 def mesh_sizes(
     config: MeshConfig, devices: int, slices: int = 1, *, tpu: bool = False
 ) -> tuple[int, int, int]:

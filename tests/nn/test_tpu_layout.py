@@ -28,12 +28,13 @@ LARGEST_SHARE = 0.03  # of estimated cycles, in copies and layout changes
         (80, 16, 257),
         (104, 16, 257),  # needs more than the compiler's default of VMEM
         (128, 8, 256),
+        (64, 12, 2048),
     ],
 )
 def test_heads_of_any_size_are_neither_padded_nor_copied(head_dim, heads, tokens):
     """Forward and backward pass of a scanned stack, with the tokens of images of 224 pixels."""
-    width, rows = head_dim * heads, 64
-    mesh = make_mesh(MeshConfig(), topology_devices(parse_topology("v5p:2x2x1")))
+    width, rows = head_dim * heads, 2**14 // tokens
+    mesh = make_mesh(MeshConfig(fsdp=1), topology_devices(parse_topology("v5p:2x2x1")))
 
     def make():
         execution = Execution(dtype=jnp.bfloat16)

@@ -80,7 +80,7 @@ def executed(e) -> float:
 def step_products(e) -> float:
     mesh, extra = make_mesh(MeshConfig(), jax.devices()[:1]), planned_supervision(e)
     trainer = Trainer(e, mesh, classes=extra.classes, teacher=extra.teacher)
-    step = counted(jax.make_jaxpr(trainer.step)(trainer.abstract_state, batch_of(e)).jaxpr)
+    step = counted(trainer.step.trace(trainer.abstract_state, batch_of(e)).jaxpr.jaxpr)
     return step + (counted(extra.embedding.trace(mesh).jaxpr.jaxpr) if extra.embedding else 0)
 
 

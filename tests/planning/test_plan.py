@@ -25,7 +25,7 @@ TPU = importlib.util.find_spec("libtpu") is not None
 @pytest.mark.slow
 @pytest.mark.skipif(not TPU, reason="the TPU compiler is not installed (extra `tpu`)")
 def test_a_tpu_slice_without_a_tpu(monkeypatch):
-    e, steps = experiment(1024, remat="dots", **TPU_HEADS), []
+    e, steps = experiment(1024, remat="dots", scan=True, **TPU_HEADS), []
 
     def compiled(*args):
         steps.append(compile_step(*args))

@@ -1,5 +1,6 @@
-"""XLA options of a training step, by its devices."""
+"""How a training step is compiled, by its devices: options of XLA, and loops over blocks."""
 
+import dataclasses
 import importlib.util
 import platform
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vlm.config import MeshConfig
+from vlm.config import MeshConfig, load_config
 from vlm.planning.topology import parse_topology, topology_devices
 from vlm.sharding import make_mesh
 from vlm.training import compiler_options as options
@@ -56,3 +57,17 @@ def test_flags_of_the_environment_take_precedence(monkeypatch):
     assert set(on_a_cpu()) == set(options.PRODUCTS_BY_EIGEN)
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
     assert on_a_cpu() == {}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_blocks_are_unrolled_on_tpus_unless_they_are_many_or_the_config_says_otherwise():
+    cpu = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
+    tpu = make_mesh(MeshConfig(), topology_devices(parse_topology("v5e:2x2")))
+    e = load_config("siglip_b16")
+    vision = dataclasses.replace(e.model.vision, depth=48)
+    deep = dataclasses.replace(e, model=dataclasses.replace(e.model, vision=vision))
+    chosen = [options.scans_blocks(x, mesh) for mesh in (cpu, tpu) for x in (e, deep)]
+    assert chosen == [True, True, False, True]
+    for given in (True, False):
+        own = dataclasses.replace(e, scan=given)
+        assert [options.scans_blocks(own, mesh) for mesh in (cpu, tpu)] == [given, given]

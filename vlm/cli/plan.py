@@ -5,6 +5,7 @@ import json as jsonlib
 import os
 from typing import Any
 
+from vlm._deprecation import warn
 from vlm.cli import options
 from vlm.cli.parse import UsageError
 from vlm.cli.terminal import print_status
@@ -20,6 +21,7 @@ def plan(
     micro_batch_size: int | None = None,
     batch_per_chip: int | None = None,
     remat: tuple[RematPolicy, ...] = (),
+    scan: bool | None = None,
     unroll: bool = False,
     largest_batch: bool = False,
     sweep: bool = False,
@@ -50,7 +52,9 @@ def plan(
         micro_batch_size: pairs that the towers process at a time. None: the config's.
         batch_per_chip: set the global batch to this many pairs per chip.
         remat: rematerialisation policy. Several with --sweep. Default: the config's.
-        unroll: compile every block separately in place of a loop; takes minutes.
+        scan: compile the blocks as a loop over one of them, which takes less time. Default: the
+            config's, which is false on TPUs unless it says otherwise.
+        unroll: deprecated name of --no-scan.
         largest_batch: also search for the largest batch that fits; it compiles several times.
         sweep: compare all combinations in one table.
         compiles: number of the best rows of a sweep to compile; the others are estimated
@@ -86,7 +90,10 @@ def plan(
     if remat and not sweep:
         changes["remat"] = remat[0]
     if unroll:
-        changes["scan"] = False
+        warn("the option --unroll", "--no-scan")
+        scan = False
+    if scan is not None:
+        changes["scan"] = scan
     experiment = dataclasses.replace(experiment, **changes)
     if sweep and experiment.phases:
         raise UsageError("--sweep compares runs of one phase: plan this config without --sweep")

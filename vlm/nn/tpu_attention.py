@@ -1,9 +1,10 @@
 """Fused attention kernel for TPUs, which keeps attention weights in VMEM.
 
-The towers' sequences are short (77 tokens, 257 patches), so all weights of a head fit in VMEM. The
-kernel is therefore simpler than FlashAttention (arXiv:2205.14135): it needs no blockwise softmax,
-and one backward pass that uses only the inputs. Sequences of over 1,024 tokens use JAX's
-FlashAttention.
+The towers' sequences are short (77 tokens, 257 patches), so all weights of a head fit in VMEM, or
+those of a block of queries for all keys. The kernel is therefore simpler than FlashAttention
+(arXiv:2205.14135): it needs no blockwise softmax, and one backward pass that uses only the inputs.
+Sequences that do not fit, of about 2,000 tokens and more, use JAX's FlashAttention, which copies
+its arrays into another layout.
 
 Arrays keep the layout of the projections, (b, n, h * d), so nothing is transposed, padded or copied
 on the way. One kernel invocation processes some examples and some heads. Heads of 72, 88 or 104
@@ -25,7 +26,8 @@ from vlm.chips import chip_of
 LANES = 128  # lanes of a vector register, the unit of the last axis
 HEAD = 8  # unit of the head dimension that the compiler accepts
 WIDE_HEAD = 64  # unit where all heads of a narrower unit do not fit in VMEM
-LONGEST = 1024  # tokens: longer sequences use FlashAttention
+WEIGHTS = 2**20  # approximate attention weights of a head that are in VMEM at a time
+FLASH_HEAD = 128  # largest head dimension of FlashAttention
 FLASH_BLOCK = 512  # queries and keys of a block of FlashAttention
 BLOCK = 2**17  # approximate elements of an array per kernel invocation
 DEFAULT_VMEM = 2**24  # bytes that the compiler gives a kernel by default
@@ -51,7 +53,7 @@ def fits(query: Shaped, key: Shaped, mask: Shaped | None) -> bool:
         query.dtype == jnp.bfloat16
         and query.shape == key.shape
         and n >= 8
-        and (n <= LONGEST or query.shape[-1] <= LANES)
+        and (n * n <= WEIGHTS or query.shape[-1] <= FLASH_HEAD)
         and (mask is None or mask.shape == (len(query), 1, 1, n))
     )
 
@@ -87,7 +89,7 @@ def attend(
     """
     b, n, width = query.shape
     d = width // heads
-    if n > LONGEST:
+    if _rows(n) < n and not _fits_vmem(heads, d + -d % WIDE_HEAD, n, vmem):
         return _flash(query, key, value, mask, heads=heads, causal=causal)
     form = _Form(heads, d**-0.5, causal, vmem, interpret)
     # float32, which every generation can load and broadcast.
@@ -125,32 +127,49 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _forward(form: _Form, query, key, value, keep) -> jax.Array:
     def one_head(q, k, v, keep):
-        powers, total = _softmax(form, q, k, keep)
-        return (_dot(powers.astype(v.dtype), v, 1, 0) / total,)
+        out = []
+        for block in _blocks(len(q)):
+            powers, total = _softmax(form, q, k, keep, block)
+            out.append(_dot(powers.astype(v.dtype), v, 1, 0) / total)
+        return (jnp.concatenate(out),)
 
     return _run(form, one_head, 1, 2, [query, key, value], keep)[0]
 
 
 def _backward(form: _Form, query, key, value, keep, gradient):
     def one_head(q, k, v, g, keep):
-        powers, total = _softmax(form, q, k, keep)
-        weights = powers / total
-        d_value = _dot(weights.astype(g.dtype), g, 0, 0)
-        d_weights = _dot(g, v, 1, 1)
-        mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
-        d_logits = (weights * (d_weights - mean) * form.scale).astype(q.dtype)
-        return _dot(d_logits, k, 1, 0), _dot(d_logits, q, 0, 0), d_value
+        d_query, d_key, d_value = [], 0.0, 0.0
+        for block in _blocks(len(q)):
+            powers, total = _softmax(form, q, k, keep, block)
+            weights = powers / total
+            d_value += _dot(weights.astype(g.dtype), g[block], 0, 0)
+            d_weights = _dot(g[block], v, 1, 1)
+            mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
+            d_logits = (weights * (d_weights - mean) * form.scale).astype(q.dtype)
+            d_query.append(_dot(d_logits, k, 1, 0))
+            d_key += _dot(d_logits, q[block], 0, 0)
+        return jnp.concatenate(d_query), d_key, d_value
 
     return tuple(_run(form, one_head, 3, 5, [query, key, value, gradient], keep))
 
 
-def _softmax(form: _Form, q, k, keep):
-    """Compute exp(logits - max) and its row sums, in float32."""
-    logits = _dot(q, k, 1, 1) * form.scale
+def _blocks(n: int) -> list[slice]:
+    """Divide `n` queries into blocks whose weights fit in VMEM."""
+    rows = _rows(n)
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def _rows(n: int) -> int:
+    return n if n * n <= WEIGHTS else max(LANES, WEIGHTS // n // LANES * LANES)
+
+
+def _softmax(form: _Form, q, k, keep, block: slice):
+    """Compute exp(logits - max) of a block of queries and its row sums, in float32."""
+    logits = _dot(q[block], k, 1, 1) * form.scale
     least = jnp.finfo(jnp.float32).min
     if form.causal:
         rows, columns = (lax.broadcasted_iota(jnp.int32, logits.shape, d) for d in (0, 1))
-        logits = jnp.where(rows >= columns, logits, least)
+        logits = jnp.where(block.start + rows >= columns, logits, least)
     if keep is not None:
         logits = jnp.where(keep > 0, logits, least)
     powers = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -222,13 +241,21 @@ def _heads_per_run(heads: int, d: int, n: int) -> int:
 
 
 def _unit(heads: int, d: int, n: int, vmem: int) -> int:
-    """Unit to which the head dimension is padded in memory, which costs copies.
+    """Unit to which the head dimension is padded in memory, which costs copies."""
+    return HEAD if _fits_vmem(heads, d + -d % HEAD, n, vmem) else WIDE_HEAD
 
-    A backward pass has seven arrays in two buffers each, and float32 matrices of weights.
+
+def _fits_vmem(heads: int, d: int, n: int, vmem: int) -> bool:
+    """Whether a backward pass needs at most 3/4 of `vmem`.
+
+    It has seven arrays in two buffers each, and float32 matrices of weights. Where queries are in
+    blocks, it has float32 sums over them, and the compiler keeps 3 bytes of every weight.
     """
-    d += -d % HEAD
-    needed = 7 * 2 * 2 * n * d * _heads_per_run(heads, d, n) + 3 * 4 * n**2
-    return HEAD if needed <= 3 * vmem // 4 else WIDE_HEAD
+    per_run = _heads_per_run(heads, d, n)
+    arrays = 7 * 2 * 2 * n * d * per_run
+    in_blocks = _rows(n) < n
+    weights = 3 * 4 * n * LANES + 3 * per_run * n**2 if in_blocks else 3 * 4 * n**2
+    return arrays + weights <= 3 * vmem // 4
 
 
 # ------------------------------------------------------------------------ long sequences

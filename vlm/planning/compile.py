@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from vlm.config import Experiment
+from vlm.config import Experiment, ModelConfig
 from vlm.data.sources import classes_of
 from vlm.models.flops import Supervision
 from vlm.planning.collectives import Collective, collectives, in_loss
@@ -190,7 +190,7 @@ def read_step(compiled: Any, trainer: Trainer, seconds: float) -> CompiledStep:
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         program=program,
         collectives=collectives(program, dict(mesh.shape), shapes, slice_count(mesh)),
-        kept=_kept_by_loops(program, trainer.experiment),
+        kept=_kept_by_loops(program, trainer.experiment.model) if trainer.scan else None,
         seconds=seconds,
     )
 
@@ -314,12 +314,9 @@ def parse_refusal(message: str) -> DoesNotFit | None:
     return DoesNotFit(None, None, text[:300])
 
 
-def _kept_by_loops(program: Program, experiment: Experiment) -> int | None:
+def _kept_by_loops(program: Program, model: ModelConfig) -> int:
     """Bytes of stacked arrays that forward loops over layers save for the backward pass."""
-    if not experiment.scan:
-        return None
-    towers = (experiment.model.vision, experiment.model.text)
-    depths = {getattr(tower, "depth", None) for tower in towers} - {None}
+    depths = {getattr(tower, "depth", None) for tower in (model.vision, model.text)} - {None}
     total = 0
     for loop, _, _ in program.walk():
         if loop.opcode != "while" or "transpose(" in loop.op_name or in_loss(loop.op_name):

@@ -44,7 +44,7 @@ from vlm.sharding import (
     replicated,
     shardings,
 )
-from vlm.training.compiler_options import compiler_options
+from vlm.training.compiler_options import compiler_options, scans_blocks
 from vlm.training.masking import mask_tokens
 from vlm.training.objectives import (
     HEADS,
@@ -118,6 +118,7 @@ class Trainer:
         self.teacher = teacher
         # First step of the learning rate schedule, and the step at its end (None: of the run).
         self.schedule_span: tuple[int, int | None] = (0, None)
+        self.scan = scans_blocks(experiment, mesh)
         self.preprocess = Preprocess(experiment.preprocess)
         self.optimizer = make_optimizer(experiment.optimizer)
         model = nnx.eval_shape(self._build)
@@ -343,7 +344,7 @@ class Trainer:
 
     def _build(self) -> DualEncoder:
         e = self.experiment
-        execution = Execution(dtype=compute_dtype(e.dtype), remat=e.remat, scan=e.scan)
+        execution = Execution(dtype=compute_dtype(e.dtype), remat=e.remat, scan=self.scan)
         model = DualEncoder(e.model, execution=execution, rngs=nnx.Rngs(e.seed))
         return model if e.adapter is None else adapters.prepared(model, e.adapter, e.seed)
 
