@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from vlm.config import DataConfig, Experiment, PreprocessConfig, load_config
-from vlm.planning.compile import batch_of, planned_supervision, with_dtype
+from vlm.planning.compile import batch_of, on_platform, planned_supervision
 from vlm.sharding import batch_sharding, make_mesh, placed
 from vlm.training.step import Trainer
 
@@ -32,7 +32,7 @@ def shallow(experiment: Experiment, vision=(), text=(), **changes) -> Experiment
 
 def program(experiment: Experiment) -> tuple[str, int]:
     """The StableHLO of a step on eight GPUs, and the number of arrays of the train state."""
-    experiment = with_dtype(experiment, "gpu")
+    experiment = on_platform(experiment, "gpu")
     mesh, extra = make_mesh(experiment.mesh), planned_supervision(experiment)
     trainer = Trainer(experiment, mesh, classes=extra.classes, teacher=extra.teacher)
     state = jax.tree.map(placed, trainer.abstract_state, trainer.state_shardings)

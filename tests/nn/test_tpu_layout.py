@@ -13,7 +13,8 @@ from vlm.planning.hlo import parse
 from vlm.planning.topology import parse_topology, topology_devices
 from vlm.sharding import batch_sharding, make_mesh, placed, shardings
 
-LARGEST_SHARE = 0.03  # of estimated cycles, in copies and layout changes
+# Of estimated cycles, in copies and layout changes: the loop copies its own input and result.
+LARGEST_SHARE = 0.05
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from small import TPU_HEADS, experiment
 from vlm.chips import CHIPS
 from vlm.config import MeshConfig
 from vlm.errors import VlmError
-from vlm.planning.compile import DoesNotFit, compile_step, with_dtype
+from vlm.planning.compile import DoesNotFit, compile_step, on_platform
 from vlm.planning.topology import CUBES, FLAT, parse_topology, topology_devices
 from vlm.sharding import batch_shard, make_mesh
 
@@ -55,7 +55,7 @@ def compile_one(name: str, config: MeshConfig) -> str:
     try:
         mesh = make_mesh(config, topology_devices(parse_topology(name)))
         batch_shard(mesh)
-        step = compile_step(with_dtype(e, "tpu"), mesh)
+        step = compile_step(on_platform(e, "tpu"), mesh)
     except VlmError as error:
         return f"refused: {error}"
     except Exception as error:  # whatever the compiler raises is what is looked for

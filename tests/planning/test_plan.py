@@ -32,7 +32,7 @@ def test_a_tpu_slice_without_a_tpu(monkeypatch):
         return steps[-1]
 
     monkeypatch.setattr(prediction, "compile_step", compiled)
-    made = plan(e, "v5e:2x2", loss=False)
+    made = plan(e, "v5e:2x2", "data=4,fsdp=1", loss=False)
     assert made.fits
     assert made.memory.basis == "compiled"
     assert made.experiment.dtype == "bfloat16"

@@ -59,15 +59,12 @@ def test_flags_of_the_environment_take_precedence(monkeypatch):
     assert on_a_cpu() == {}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_blocks_are_unrolled_on_tpus_unless_they_are_many_or_the_config_says_otherwise():
-    cpu = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
-    tpu = make_mesh(MeshConfig(), topology_devices(parse_topology("v5e:2x2")))
     e = load_config("siglip_b16")
     vision = dataclasses.replace(e.model.vision, depth=48)
     deep = dataclasses.replace(e, model=dataclasses.replace(e.model, vision=vision))
-    chosen = [options.scans_blocks(x, mesh) for mesh in (cpu, tpu) for x in (e, deep)]
-    assert chosen == [True, True, False, True]
+    chosen = [options.scans_blocks(x, name) for name in ("cpu", "gpu", "tpu") for x in (e, deep)]
+    assert chosen == [True, True, True, True, False, True]
     for given in (True, False):
         own = dataclasses.replace(e, scan=given)
-        assert [options.scans_blocks(own, mesh) for mesh in (cpu, tpu)] == [given, given]
+        assert [options.scans_blocks(own, name) for name in ("cpu", "tpu")] == [given, given]

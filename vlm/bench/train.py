@@ -28,7 +28,7 @@ from vlm.planning.calibration import (
     read_measurements,
     save_measurement,
 )
-from vlm.planning.compile import peak_of, read_step, state_bytes, with_dtype
+from vlm.planning.compile import on_platform, peak_of, read_step, state_bytes
 from vlm.planning.roofline import compiled_roofline
 from vlm.planning.topology import Topology, local_topology
 from vlm.sharding import check_batch, global_batch, make_mesh
@@ -155,7 +155,7 @@ def bench_train(
 def predicted_seconds(trainer: Trainer, compiled: Any, topology: Topology) -> float:
     """Midpoint of the planned time range of a compiled step, without calibration."""
     chip = topology.rated_chip
-    e = with_dtype(trainer.experiment, chip.platform)
+    e = on_platform(trainer.experiment, chip.platform)
     calibration = calibration_of(chip.name)
     if chip.platform == "tpu":
         step = read_step(compiled, trainer, 0.0)

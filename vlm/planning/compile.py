@@ -27,6 +27,7 @@ from vlm.sharding import (
     replicated,
     shardings,
 )
+from vlm.training.compiler_options import scans_blocks
 from vlm.training.objectives import HEADS, Embeddings, objective
 from vlm.training.partition import joined
 from vlm.training.step import Trainer, TrainState, batch_shapes
@@ -125,11 +126,12 @@ class CompiledStep:
         return [self.program] + ([] if self.teacher is None else [self.teacher.program])
 
 
-def with_dtype(experiment: Experiment, platform: str) -> Experiment:
-    """Replace the compute dtype "auto" by the dtype of the platform."""
+def on_platform(experiment: Experiment, platform: str) -> Experiment:
+    """Replace the dtype "auto" and the unset `scan` by those of the platform."""
+    dtype = "float32" if platform == "cpu" else "bfloat16"
     if experiment.dtype != "auto":
-        return experiment
-    return dataclasses.replace(experiment, dtype="float32" if platform == "cpu" else "bfloat16")
+        dtype = experiment.dtype
+    return dataclasses.replace(experiment, dtype=dtype, scan=scans_blocks(experiment, platform))
 
 
 def batch_of(experiment: Experiment) -> dict[str, Any]:

@@ -27,10 +27,10 @@ from vlm.planning.compile import (
     bytes_on,
     compile_loss,
     compile_step,
+    on_platform,
     planned_supervision,
     state_bytes,
     total_bytes,
-    with_dtype,
 )
 from vlm.planning.needs import Needs, needs
 from vlm.planning.report import BASES, parts
@@ -162,6 +162,7 @@ class Plan:
             "micro_batch_size": e.micro_batch_size,
             "dtype": e.dtype,
             "remat": e.remat,
+            "scan": e.scan,
             "fits": self.fits,
             "refusal": self.refusal,
             "memory": dataclasses.asdict(self.memory) | {"share": self.memory.share},
@@ -225,7 +226,7 @@ def plan(
     if isinstance(topology, str):
         topology = parse_topology(topology)
     experiment = resolve(experiment)
-    e = with_dtype(experiment, "cpu" if topology.chip is None else topology.chip.platform)
+    e = on_platform(experiment, "cpu" if topology.chip is None else topology.chip.platform)
     if mesh is not None:
         mesh = parse_mesh(mesh) if isinstance(mesh, str) else mesh
         mesh = dataclasses.replace(mesh, gather=mesh.gather or e.mesh.gather)

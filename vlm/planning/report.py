@@ -38,7 +38,8 @@ def parts(plan: Any, price: float | None = None) -> Iterator[RenderableType]:
     e, mesh = plan.experiment, " x ".join(f"{a} {n}" for a, n in plan.mesh.items() if n > 1)
     yield Text.from_markup(
         f"[bold]{escape(e.name)}[/] on {plan.topology.name} ({plan.topology.chips} chips, mesh "
-        f"{mesh or 'of 1'}): batch {e.batch_size:,}, {e.dtype}, remat {e.remat}"
+        f"{mesh or 'of 1'}): batch {e.batch_size:,}, {e.dtype}, remat {e.remat}, "
+        f"blocks {'in a loop' if e.scan else 'unrolled'}"
     )
     if plan.sizes:
         yield _shapes(plan)

@@ -49,13 +49,13 @@ def compiler_options(mesh: Mesh | AbstractMesh, dtype: DTypeLike) -> dict[str, s
     return options if options and _accepted(device, tuple(options.items())) else {}
 
 
-def scans_blocks(experiment: Experiment, mesh: Mesh | AbstractMesh) -> bool:
+def scans_blocks(experiment: Experiment, platform: str) -> bool:
     """Whether the blocks of the towers are compiled as a loop: see `Experiment.scan`."""
     if experiment.scan is not None:
         return experiment.scan
     towers = (experiment.model.vision, experiment.model.text)
     depth = max(getattr(tower, "depth", 0) for tower in towers)
-    return platform_of(mesh) != "tpu" or depth > DEEPEST_UNROLLED
+    return platform != "tpu" or depth > DEEPEST_UNROLLED
 
 
 @functools.cache

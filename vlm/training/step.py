@@ -41,6 +41,7 @@ from vlm.sharding import (
     batch_ways,
     global_batch,
     placed,
+    platform_of,
     replicated,
     shardings,
 )
@@ -118,7 +119,7 @@ class Trainer:
         self.teacher = teacher
         # First step of the learning rate schedule, and the step at its end (None: of the run).
         self.schedule_span: tuple[int, int | None] = (0, None)
-        self.scan = scans_blocks(experiment, mesh)
+        self.scan = scans_blocks(experiment, platform_of(mesh))
         self.preprocess = Preprocess(experiment.preprocess)
         self.optimizer = make_optimizer(experiment.optimizer)
         model = nnx.eval_shape(self._build)
