@@ -1,4 +1,6 @@
-"""Write what `vlm plan` says into the docstrings of configs: python tests/planning/config_figures.py
+"""Write what `vlm plan` says into the docstrings of configs.
+
+    python tests/planning/config_figures.py [CONFIG ...]
 
 The docstring of a config names the slice. Each plan for TPUs is compiled, which takes minutes.
 """
@@ -20,18 +22,18 @@ def figures(made: Plan) -> str:
     assert made.prediction is not None
     assert made.roofline is not None
     limit = f" of {_size(made.memory.limit)}" if made.memory.limit else ""
-    sent = [f"{place} {_size(size)}" for place, size in made.sent.items() if size > 2**24]
-    expected = made.prediction
+    basis, expected = made.memory.basis, made.prediction
+    sent = {p: size for p, size in made.sent.items() if size > 2**24}
     rows = {
-        "peak of a chip": f"{_size(made.memory.peak)}{limit} ({made.memory.basis})",
-        "sent by a chip and step": ", ".join(sent) + f" ({made.memory.basis})" if sent else "",
+        "peak of a chip": f"{_size(made.memory.peak)}{limit} ({basis})",
+        **{f"a chip sends: {place}": f"{_size(size)} ({basis})" for place, size in sent.items()},
         "FLOPs of the model and step": f"{sum(p.model for p in made.flops.values()) / 1e15:.3g} "
         "PFLOP (analytic)",
         f"step, bound by {made.roofline.bound}": f"{_of(expected.step_seconds, _time_of)}, "
         f"{_of(expected.pairs_per_second, _short)} pairs/s (expected)",
         "MFU": f"{_of(expected.mfu, _percent)} (expected)",
     }
-    return "".join(f"    {name:30} {value}\n" for name, value in rows.items() if value)
+    return "".join(f"    {name:34} {value}\n" for name, value in rows.items())
 
 
 def main() -> None:

@@ -278,32 +278,35 @@ def test_groups_in_every_notation(groups):
     assert rows[GRADIENTS].axes == ("fsdp",)
 
 
-CHAIN = """\
+PART = """\
+%NAME (a: f32[8,32]) -> f32[16,32] {
+  %a = f32[8,32]{1,0} parameter(0)
+  %g = f32[16,32]{1,0} all-gather(%a), channel_id=1, replica_groups={{0,1},{2,3}}, \
+dimensions={0}, metadata={op_name="jit(f)/jvp()/sharding_constraint"}
+  ROOT %r = f32[16,32]{1,0} custom-call(%g)TARGET
+}
+"""
+CHAIN = f"""\
 HloModule step
 
-%begin (a: f32[8,32]) -> f32[16,32] {
-  %a = f32[8,32]{1,0} parameter(0)
-  ROOT %g1 = f32[16,32]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1},{2,3}}, \
-dimensions={0}, metadata={op_name="jit(f)/jvp()/sharding_constraint"}
-}
-
-%end (b: f32[8,32]) -> f32[16,32] {
-  %b = f32[8,32]{1,0} parameter(0)
-  ROOT %g2 = f32[16,32]{1,0} all-gather(%b), channel_id=7, replica_groups={{0,1},{2,3}}, \
-dimensions={0}, metadata={op_name="jit(f)/jvp()/sharding_constraint"}
-}
-
-ENTRY %main (p: f32[8,32]) -> f32[16,32] {
-  %p = f32[8,32]{1,0} parameter(0)
-  %first = f32[16,32]{1,0} fusion(%p), kind=kCustom, calls=%begin
-  ROOT %last = f32[16,32]{1,0} fusion(%p), kind=kCustom, calls=%end
-}
+{PART.replace("NAME", "begin").replace("TARGET", ', custom_call_target="AsyncCollectiveStart"')}
+{PART.replace("NAME", "async_collective_fusion.1").replace("TARGET", "")}
+{PART.replace("NAME", "end").replace("TARGET", ', custom_call_target="AsyncCollectiveDone"')}
+ENTRY %main (p: f32[8,32]) -> f32[16,32] {{
+  %p = f32[8,32]{{1,0}} parameter(0)
+  %one = f32[16,32]{{1,0}} fusion(%p), kind=kCustom, calls=%begin
+  %work = f32[16,32]{{1,0}} fusion(%p), kind=kOutput, calls=%async_collective_fusion.1
+  %done = f32[16,32]{{1,0}} fusion(%p), kind=kCustom, calls=%end
+  %two = f32[16,32]{{1,0}} fusion(%p), kind=kCustom, calls=%begin
+  ROOT %last = f32[16,32]{{1,0}} fusion(%p), kind=kCustom, calls=%end
+}}
 """
 
 
 def test_a_collective_spread_over_fusions_is_one():
+    """Two gathers, which the compiler gives one channel id."""
     (gather,) = collectives(parse(CHAIN), {"data": 2, "fsdp": 2}, [(16, 32)])
-    assert (gather.place, gather.count, gather.sent) == (FSDP, 1, 4 * 8 * 32)
+    assert (gather.place, gather.count, gather.sent) == (FSDP, 2, 2 * 4 * 8 * 32)
 
 
 MOVES = """\

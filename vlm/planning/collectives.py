@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm.nn.fsdp import PER_BATCH_SHARD
-from vlm.planning.hlo import Instruction, Program
+from vlm.planning.hlo import Computation, Instruction, Program
 from vlm.training.selection import SCOPE
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -93,21 +93,24 @@ def collectives(
 
 
 def _found(program: Program):
-    # The TPU compiler may spread one collective over a chain of fusions to overlap it with their
-    # work. All parts have the same channel id.
-    fused = set()
     for instruction, computation, times in program.walk():
         if _is_collective(instruction):
             yield instruction, computation, times
         inside = program.fused(instruction)
-        if inside is None:
-            continue
-        for i in inside.instructions.values():
-            channel = re.search(r"channel_id=(\d+)", i.text)
-            if not _is_collective(i) or (channel and channel[1] in fused):
-                continue
-            fused |= {channel[1]} if channel else set()
-            yield i, inside, times
+        if inside is not None and not _continues(inside):
+            yield from (
+                (i, inside, times) for i in inside.instructions.values() if _is_collective(i)
+            )
+
+
+def _continues(fusion: Computation) -> bool:
+    """Whether a fusion continues or ends a collective that another fusion began.
+
+    The TPU compiler may spread one over a chain of fusions, to overlap it with their work.
+    """
+    text = "".join(i.text for i in fusion.instructions.values())
+    in_chain = fusion.name.startswith("async_collective_fusion") or "AsyncCollectiveDone" in text
+    return in_chain and "AsyncCollectiveStart" not in text
 
 
 def _is_collective(instruction: Instruction) -> bool:
