@@ -307,6 +307,7 @@ def test_a_collective_spread_over_fusions_is_one():
     """Two gathers, which the compiler gives one channel id."""
     (gather,) = collectives(parse(CHAIN), {"data": 2, "fsdp": 2}, [(16, 32)])
     assert (gather.place, gather.count, gather.sent) == (FSDP, 2, 2 * 4 * 8 * 32)
+    assert gather.overlapped
 
 
 MOVES = """\
@@ -422,8 +423,15 @@ def test_an_array_passed_through_in_place_is_read_where_it_is_sliced():
 
 def test_a_reduction_that_runs_beside_the_rest_is_counted():
     """As for tpu7x: collectives are called asynchronously."""
-    text = CHAIN.replace("fusion(%p), kind=kCustom, calls", "call-start(%p), to_apply", 1)
-    text = text.replace("fusion(%p), kind=kCustom, calls=%end", "call-done(%first)")
+    part = PART.replace("NAME", "begin").replace("TARGET", "")
+    entry = """
+ENTRY %main (p: f32[8,32]) -> f32[16,32] {
+  %p = f32[8,32]{1,0} parameter(0)
+  %first = f32[16,32]{1,0} call-start(%p), to_apply=%begin
+  ROOT %last = f32[16,32]{1,0} call-done(%first)
+}
+"""
+    text = f"HloModule step\n\n{part}{entry}"
     (gather,) = collectives(parse(text), {"data": 2, "fsdp": 2}, [(16, 32)])
     assert (gather.place, gather.count) == (FSDP, 1)
 

@@ -20,6 +20,8 @@ BETWEEN_SLICES = {
     "REDUCE_SCATTER": "reduce-scatter",
 }
 
+STARTS = "AsyncCollectiveStart"  # in the first of the fusions that one collective is spread over
+
 LOSS_RING, LOSS_SUMS, SELECTION = "loss ring", "loss sums", "selection of pairs"
 GRADIENTS, FSDP = "gradient reduction", "FSDP gathers"
 TENSOR, ACTIVATIONS, NORMS = "tensor-parallel sums", "activations", "norms and metrics"
@@ -37,6 +39,7 @@ class Collective:
     payload: float  # bytes per device and step of the full array that is reduced or gathered
     sent: float  # bytes that each device sends in a step, by the ring algorithm
     between_slices: bool = False  # over the data center's network
+    overlapped: bool = False  # runs inside fusions with other work
 
 
 def collectives(
@@ -81,13 +84,15 @@ def collectives(
             place = _place(kind, instruction.op_name, axes, of_parameter)
             if place == LOSS_SUMS and axes == ("data",) and mesh_shape.get("fsdp", 1) > 1:
                 place = GRADIENTS  # of shards; sums of the loss are over all devices of the batch
-        row = sums.setdefault((place, kind, axes, group, bool(between)), [0, 0.0, 0.0])
+        overlapped = STARTS in _text(computation)
+        key = (place, kind, axes, group, bool(between), overlapped)
+        row = sums.setdefault(key, [0, 0.0, 0.0])
         row[0] += times
         row[1] += times * payload
         row[2] += times * sent
     rows = [
-        Collective(place, kind, axes, group, count, payload, sent, between)
-        for (place, kind, axes, group, between), (count, payload, sent) in sums.items()
+        Collective(place, kind, axes, group, count, payload, sent, between, overlapped)
+        for (place, kind, axes, group, between, overlapped), (count, payload, sent) in sums.items()
     ]
     return sorted(rows, key=lambda row: -row.sent)
 
@@ -108,9 +113,13 @@ def _continues(fusion: Computation) -> bool:
 
     The TPU compiler may spread one over a chain of fusions, to overlap it with their work.
     """
-    text = "".join(i.text for i in fusion.instructions.values())
+    text = _text(fusion)
     in_chain = fusion.name.startswith("async_collective_fusion") or "AsyncCollectiveDone" in text
-    return in_chain and "AsyncCollectiveStart" not in text
+    return in_chain and STARTS not in text
+
+
+def _text(computation: Computation) -> str:
+    return "".join(i.text for i in computation.instructions.values())
 
 
 def _is_collective(instruction: Instruction) -> bool:

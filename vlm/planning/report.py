@@ -184,7 +184,8 @@ def _communication(plan: Any) -> Table:
     for c in plan.collectives:
         if c.sent >= 1e-4 * sum(plan.sent.values()):
             axes = "slices" if c.between_slices else " x ".join(c.axes)
-            table.add_row(c.place, c.kind, axes, f"{c.count:,}", _size(c.sent))
+            kind = f"{c.kind}, overlapped" if c.overlapped else c.kind
+            table.add_row(c.place, kind, axes, f"{c.count:,}", _size(c.sent))
     return table
 
 

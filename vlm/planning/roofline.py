@@ -1,9 +1,9 @@
 """Roofline model of a step: its time at published rates, and its bottleneck.
 
 Instructions run one after another, each for the longer of its arithmetic and its memory traffic at
-published rates. The loss ring overlaps with the tiles that it feeds; all other communication is
-counted as exposed, the worst case. `vlm.planning.calibration` has the fraction of the published
-rates that is reached.
+published rates. The loss ring overlaps with the tiles that it feeds, and a collective that the
+compiler spreads over fusions with their work; all other communication is counted as exposed, the
+worst case. `vlm.planning.calibration` has the fraction of the published rates that is reached.
 """
 
 import math
@@ -112,8 +112,10 @@ def compiled_roofline(
         if in_loss(instruction.op_name):
             loss += max(arithmetic, traffic)
     ring = sum(_seconds(c, topology) for c in step.collectives if c.place == LOSS_RING)
-    rest = sum(_seconds(c, topology) for c in step.collectives if c.place != LOSS_RING)
-    exposed = rest + max(0.0, ring - loss)
+    others = [c for c in step.collectives if c.place != LOSS_RING]
+    rest = sum(_seconds(c, topology) for c in others)
+    overlapped = sum(_seconds(c, topology) for c in others if c.overlapped)
+    exposed = rest - min(overlapped, operations) + max(0.0, ring - loss)
     _, vector = analytic_operations(experiment, chip, topology.chips, state)
     # Prefetched data still takes memory bandwidth.
     operations = max(operations, memory, compute + vector)
