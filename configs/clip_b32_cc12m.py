@@ -2,11 +2,12 @@
 
 `vlm plan configs/clip_b32_cc12m.py --topology h100:8` says:
 
-    peak of a chip                 19.57 GiB of 55.88 GiB (analytic)
-    sent by a chip and step        gradient reduction 1,009.89 MiB, loss ring 42.00 MiB (analytic)
-    FLOPs of the model and step    0.361 PFLOP (analytic)
-    step, bound by compute         224 to 336 ms, 24,394 to 36,590 pairs/s (expected)
-    MFU                            14 to 20% (expected)
+    peak of a chip                     19.57 GiB of 55.88 GiB (analytic)
+    a chip sends: gradient reduction   1,009.89 MiB (analytic)
+    a chip sends: loss ring            42.00 MiB (analytic)
+    FLOPs of the model and step        0.361 PFLOP (analytic)
+    step, bound by compute             224 to 336 ms, 24k to 37k pairs/s (expected)
+    MFU                                14 to 20% (expected)
 """
 
 from vlm.config import (

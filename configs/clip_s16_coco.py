@@ -4,10 +4,10 @@ It reads COCO's own files: /data/coco/dataset_coco.json, train2014/ and val2014/
 
 `vlm plan configs/clip_s16_coco.py --topology h100:1` says:
 
-    peak of a chip                 13.09 GiB of 55.88 GiB (analytic)
-    FLOPs of the model and step    0.0193 PFLOP (analytic)
-    step, bound by compute         107 to 160 ms, 3,195 to 4,793 pairs/s (expected)
-    MFU                            12 to 18% (expected)
+    peak of a chip                     13.09 GiB of 55.88 GiB (analytic)
+    FLOPs of the model and step        0.0193 PFLOP (analytic)
+    step, bound by compute             107 to 160 ms, 3,195 to 4,793 pairs/s (expected)
+    MFU                                12 to 18% (expected)
 """
 
 from vlm.config import (
