@@ -2,10 +2,13 @@
 
 `vlm plan configs/clip_b16_laion.py --topology v5e:16x16` says:
 
-    peak of a chip                    7.85 GiB of 16 (compiled; the loss alone 0.68 MiB)
-    sent by a chip and step           gradients 569 MiB, loss ring 128 MiB (compiled)
-    FLOPs of the model and step       4.04 PFLOP (analytic)
-    step, bound by compute            198 to 296 ms, 111k to 166k pairs/s, MFU 27 to 41% (analytic)
+    peak of a chip                     4.94 GiB of 15.75 GiB (compiled)
+    a chip sends: gradient reduction   603.36 MiB (compiled)
+    a chip sends: FSDP gathers         486.55 MiB (compiled)
+    a chip sends: loss ring            128.38 MiB (compiled)
+    FLOPs of the model and step        4.03 PFLOP (analytic)
+    step, bound by compute             190 to 286 ms, 115k to 172k pairs/s (expected)
+    MFU                                28 to 42% (expected)
 """
 
 from vlm.config import (

@@ -2,10 +2,13 @@
 
 `vlm plan configs/clip_b32_datacomp.py --topology v5e:16x16` says:
 
-    peak of a chip                    5.54 GiB of 16 (compiled; the loss alone 0.68 MiB)
-    sent by a chip and step           gradients 575 MiB, loss ring 128 MiB (compiled)
-    FLOPs of the model and step       1.45 PFLOP (analytic)
-    step, bound by compute            82.9 to 124 ms, 264k to 395k pairs/s, MFU 23 to 35% (analytic)
+    peak of a chip                     2.26 GiB of 15.75 GiB (compiled)
+    a chip sends: gradient reduction   609.62 MiB (compiled)
+    a chip sends: FSDP gathers         489.51 MiB (compiled)
+    a chip sends: loss ring            128.38 MiB (compiled)
+    FLOPs of the model and step        1.45 PFLOP (analytic)
+    step, bound by compute             74.4 to 112 ms, 294k to 440k pairs/s (expected)
+    MFU                                26 to 39% (expected)
 """
 
 from vlm.config import (

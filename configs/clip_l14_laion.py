@@ -2,10 +2,13 @@
 
 `vlm plan configs/clip_l14_laion.py --topology v5p:4x4x8` says:
 
-    peak of a chip                    41.3 GiB of 95 (compiled; the loss alone 3.56 MiB)
-    sent by a chip and step           gradients 1,619 MiB, loss ring 192 MiB (compiled)
-    FLOPs of the model and step       17.2 PFLOP (analytic)
-    step, bound by compute            666 to 999 ms, 33k to 49k pairs/s, MFU 29 to 44% (expected)
+    peak of a chip                     32.59 GiB of 95.74 GiB (compiled)
+    a chip sends: gradient reduction   1.67 GiB (compiled)
+    a chip sends: FSDP gathers         1.42 GiB (compiled)
+    a chip sends: loss ring            192.12 MiB (compiled)
+    FLOPs of the model and step        17.2 PFLOP (analytic)
+    step, bound by compute             521 to 781 ms, 42k to 63k pairs/s (expected)
+    MFU                                38 to 56% (expected)
 """
 
 from vlm.config import (

@@ -4,10 +4,13 @@ The vision tower comes from `init_from`; it gets no gradient and no optimizer st
 
 `vlm plan configs/lit_b16.py --topology v5e:8x8` says:
 
-    peak of a chip                    4.69 GiB of 16 (compiled; the loss alone 0.31 MiB)
-    sent by a chip and step           gradients 414 MiB, loss ring 72 MiB (compiled)
-    FLOPs of the model and step       1.12 PFLOP (analytic)
-    step, bound by compute            204 to 306 ms, 54k to 80k pairs/s, MFU 29 to 44% (analytic)
+    peak of a chip                     2.66 GiB of 15.75 GiB (compiled)
+    a chip sends: FSDP gathers         514.69 MiB (compiled)
+    a chip sends: gradient reduction   435.42 MiB (compiled)
+    a chip sends: loss ring            72.00 MiB (compiled)
+    FLOPs of the model and step        1.12 PFLOP (analytic)
+    step, bound by compute             202 to 303 ms, 54k to 81k pairs/s (expected)
+    MFU                                29 to 44% (expected)
 """
 
 from vlm.config import (

@@ -4,10 +4,13 @@ The paper's data is not public; any shards of images and texts serve.
 
 `vlm plan configs/siglip_b16.py --topology v5e:16x16` says:
 
-    peak of a chip                    8.51 GiB of 16 (compiled; the loss alone 315 KiB)
-    sent by a chip and step           gradients 772 MiB, loss ring 144 MiB (compiled)
-    FLOPs of the model and step       4.56 PFLOP (analytic)
-    step, bound by compute            213 to 320 ms, 103k to 154k pairs/s, MFU 28 to 42% (expected)
+    peak of a chip                     5.36 GiB of 15.75 GiB (compiled)
+    a chip sends: gradient reduction   819.98 MiB (compiled)
+    a chip sends: FSDP gathers         666.57 MiB (compiled)
+    a chip sends: loss ring            144.00 MiB (compiled)
+    FLOPs of the model and step        4.56 PFLOP (analytic)
+    step, bound by compute             210 to 316 ms, 104k to 156k pairs/s (expected)
+    MFU                                29 to 43% (expected)
 """
 
 from vlm.config import (

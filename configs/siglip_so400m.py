@@ -2,11 +2,14 @@
 
 `vlm plan configs/siglip_so400m.py --topology v5p:4x8x8` says:
 
-    peak of a chip                    26.3 GiB of 95 (compiled; the loss alone 1.87 MiB)
-    sent by a chip and step           parameters (FSDP) 2.8 GiB, gradients 1.6 GiB,
-                                      loss ring 216 MiB (compiled)
-    FLOPs of the model and step       26.9 PFLOP (analytic)
-    step, bound by compute            466 to 699 ms, 47k to 70k pairs/s, MFU 33 to 49% (expected)
+    peak of a chip                     20.83 GiB of 95.74 GiB (compiled)
+    a chip sends: gradient reduction   3.72 GiB (compiled)
+    a chip sends: FSDP gathers         2.77 GiB (compiled)
+    a chip sends: loss ring            216.00 MiB (compiled)
+    a chip sends: norms and metrics    75.66 MiB (compiled)
+    FLOPs of the model and step        26.9 PFLOP (analytic)
+    step, bound by compute             411 to 616 ms, 53k to 80k pairs/s (expected)
+    MFU                                37 to 56% (expected)
 """
 
 from vlm.config import (

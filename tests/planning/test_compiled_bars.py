@@ -41,7 +41,7 @@ def openai_like(width: int, depth: int, mlp_dim: int, text_width: int, text_head
 # Experiment, slice, most milliseconds, and least MFU.
 BARS = {
     "B/16 on v5e": (config("siglip_b16"), "v5e:16x16", 165, 0.5),
-    "B/16": (config("siglip_b16"), "v5p:4x4x8", 155, 0.5),
+    "B/16 on v5p": (config("siglip_b16"), "v5p:4x4x8", 155, 0.5),
     "L/14": (config("clip_l14_laion"), "v5p:4x8x8", 265, 0.5),
     "So400m": (config("siglip_so400m"), "v5p:4x8x8", 385, 0.5),
     "H/14": (openai_like(1280, 32, 5120, 1024, 16), "v5p:4x4x8", None, None),
