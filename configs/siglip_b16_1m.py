@@ -2,11 +2,13 @@
 
 `vlm plan configs/siglip_b16_1m.py --topology v5p:8x8x8` says:
 
-    temporaries of the loss           52 MiB (compiled alone)
-    peak of a chip                    27.5 GiB of 95 (compiled)
-    sent by a chip and step           gradients 774 MiB, loss ring 4.5 GiB (compiled)
-    FLOPs of the model and step       151 PFLOP (analytic)
-    step, bound by compute            1.72 to 2.58 s, 406k to 609k pairs/s, MFU 25 to 37% (expected)
+    peak of a chip                     22.56 GiB of 95.74 GiB (compiled)
+    a chip sends: loss ring            4.50 GiB (compiled)
+    a chip sends: gradient reduction   823.01 MiB (compiled)
+    a chip sends: FSDP gathers         666.57 MiB (compiled)
+    FLOPs of the model and step        151 PFLOP (analytic)
+    step, bound by compute             1.45 to 2.18 s, 481k to 722k pairs/s (expected)
+    MFU                                29 to 44% (expected)
 """
 
 from vlm.config import (
