@@ -160,6 +160,7 @@ def _blocks(n: int) -> list[slice]:
 
 
 def _rows(n: int) -> int:
+    """Number of queries in a block: all of `n` where their weights fit."""
     return n if n * n <= WEIGHTS else max(LANES, WEIGHTS // n // LANES * LANES)
 
 
