@@ -38,6 +38,7 @@ FIELDS = {
 OPTIONS = {old: new for fields in FIELDS.values() for old, new in fields.items()} | {
     "anew": "rebuild",
     "none": "other_label",
+    "unroll": "no_scan",
 }
 
 

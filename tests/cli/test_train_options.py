@@ -26,6 +26,14 @@ def test_other_options_leave_the_length():
     assert experiment_of([str(CONFIG), "--batch-size", "4"]).steps == 40
 
 
+@pytest.mark.parametrize(
+    ("options", "scan"),
+    [([], None), (["--scan"], True), (["--no-scan"], False), (["--scan=True"], True)],
+)
+def test_a_flag_may_be_unset(options, scan):
+    assert experiment_of([str(CONFIG), *options]).scan is scan
+
+
 # ------------------------------------------------------------------------- starting models
 
 CLIP = str(Path(__file__).parents[1] / "weights/golden/hf_clip")

@@ -22,6 +22,7 @@ from vlm.cli.help import Page
 T = TypeVar("T")
 
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
+_OPTIONAL_FLAG = "--scan"  # may be unset too, so tyro wants a value
 _SPOKEN = {"INTEGER": "an integer", "NUMBER": "a number"}
 
 
@@ -111,7 +112,7 @@ def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 target,
-                args=[_tyro_flag_name(arg) for arg in args],
+                args=[part for arg in args for part in _for_tyro(arg)],
                 config=(tyro.conf.AvoidSubcommands,),
                 add_help=False,
                 **settings,
@@ -125,10 +126,12 @@ def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any
         raise UsageError(usage_message(stderr.getvalue(), made)) from None
 
 
-def _tyro_flag_name(arg: str) -> str:
-    """Convert `--no-data.cache` to `--data.no-cache`, tyro's name of that flag."""
+def _for_tyro(arg: str) -> list[str]:
+    """Convert a flag to its form in tyro, such as `--no-data.cache` to `--data.no-cache`."""
+    if arg in (_OPTIONAL_FLAG, f"--no-{_OPTIONAL_FLAG[2:]}"):
+        return [_OPTIONAL_FLAG, str(arg == _OPTIONAL_FLAG)]
     match = re.fullmatch(r"--no-([\w.-]+\.)([\w-]+)", arg)
-    return f"--{match[1]}no-{match[2]}" if match else arg
+    return [f"--{match[1]}no-{match[2]}"] if match else [arg]
 
 
 def usage_message(box: str, page: Page) -> str:

@@ -5,7 +5,6 @@ import json as jsonlib
 import os
 from typing import Any
 
-from vlm._deprecation import warn
 from vlm.cli import options
 from vlm.cli.parse import UsageError
 from vlm.cli.terminal import print_status
@@ -22,7 +21,6 @@ def plan(
     batch_per_chip: int | None = None,
     remat: tuple[RematPolicy, ...] = (),
     scan: bool | None = None,
-    unroll: bool = False,
     largest_batch: bool = False,
     sweep: bool = False,
     compiles: int = 4,
@@ -53,8 +51,7 @@ def plan(
         batch_per_chip: set the global batch to this many pairs per chip.
         remat: rematerialisation policy. Several with --sweep. Default: the config's.
         scan: compile the blocks as a loop over one of them, which takes less time. Default: the
-            config's, which is false on TPUs unless it says otherwise.
-        unroll: deprecated name of --no-scan.
+            config's.
         largest_batch: also search for the largest batch that fits; it compiles several times.
         sweep: compare all combinations in one table.
         compiles: number of the best rows of a sweep to compile; the others are estimated
@@ -89,9 +86,6 @@ def plan(
         changes["batch_size"] = batch_per_chip * parse_topology(topology[0]).chips
     if remat and not sweep:
         changes["remat"] = remat[0]
-    if unroll:
-        warn("the option --unroll", "--no-scan")
-        scan = False
     if scan is not None:
         changes["scan"] = scan
     experiment = dataclasses.replace(experiment, **changes)

@@ -98,7 +98,7 @@ class Experiment(Config):
             output of attention; full: only the block's input. One of your own is a policy of
             `jax.checkpoint`.
         scan: Compile the blocks as a loop over one of them. Otherwise each block is compiled, which
-            takes longer, but saves the loop's copies of activations: 10 to 20% of a step on TPUs.
+            takes longer, but saves the loop's copies of activations: a tenth of a step on TPUs.
             None: false on TPUs for towers of at most 32 blocks, else true.
         lock: Tower to freeze (LiT).
         objective: Training objective. contrastive: image-text pairs with the model's loss; flyp:

@@ -19,9 +19,9 @@ OVERLAPPED_GATHERS = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
 }
-# The compiled steps of ViT-B/16, L/14 and So400m take 11 to 21% less by the compiler's estimate if
-# their blocks are unrolled, and about twice as long to compile. Two cores did not compile bigG/14,
-# of 48 and 32 blocks, in 14 minutes.
+# The step of a ViT-B/16 on v5p takes 10% less by the compiler's estimate if its blocks are unrolled,
+# and up to twice as long to compile. Two cores did not compile bigG/14, of 48 and 32 blocks, in 14
+# minutes.
 DEEPEST_UNROLLED = 32
 # Matrix products by Eigen with oneDNN's kernels instead of YNNPACK's: 5 to 18% faster on an AMD
 # EPYC for the shapes of ViTs, at hundreds of rows or more. YNNPACK keeps its other defaults.
