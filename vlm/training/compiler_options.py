@@ -19,7 +19,7 @@ OVERLAPPED_GATHERS = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
 }
-# The step of a ViT-B/16 on v5p takes 10% less by the compiler's estimate if its blocks are unrolled,
+# A step of a ViT-B/16 on v5p takes 10% less by the compiler's estimate if its blocks are unrolled,
 # and up to twice as long to compile. Two cores did not compile bigG/14, of 48 and 32 blocks, in 14
 # minutes.
 DEEPEST_UNROLLED = 32
