@@ -13,8 +13,9 @@ from vlm.planning.hlo import parse
 from vlm.planning.topology import parse_topology, topology_devices
 from vlm.sharding import batch_sharding, make_mesh, placed, shardings
 
-# Of estimated cycles, in copies and layout changes: the loop copies its own input and result.
-LARGEST_SHARE = 0.05
+LARGEST_SHARE = 0.03  # of estimated cycles, in copies and layout changes
+# With few heads and much attention, whose time is not estimated, the loop's own copies weigh more.
+OF_LONG = 0.05
 
 
 @pytest.mark.slow
@@ -23,17 +24,17 @@ LARGEST_SHARE = 0.05
     reason="the TPU compiler is not installed (extra `tpu`)",
 )
 @pytest.mark.parametrize(
-    ("head_dim", "heads", "tokens"),
+    ("head_dim", "heads", "tokens", "share"),
     [
-        (72, 16, 256),
-        (80, 16, 257),
-        (104, 16, 257),  # needs more than the compiler's default of VMEM
-        (128, 8, 256),
-        (64, 12, 2048),
+        (72, 16, 256, LARGEST_SHARE),
+        (80, 16, 257, LARGEST_SHARE),
+        (104, 16, 257, LARGEST_SHARE),  # needs more than the compiler's default of VMEM
+        (128, 8, 256, LARGEST_SHARE),
+        (64, 12, 2048, OF_LONG),
     ],
 )
-def test_heads_of_any_size_are_neither_padded_nor_copied(head_dim, heads, tokens):
-    """Forward and backward pass of a scanned stack, with the tokens of images of 224 pixels."""
+def test_heads_of_any_size_are_neither_padded_nor_copied(head_dim, heads, tokens, share):
+    """Forward and backward pass of a scanned stack, with the tokens of an image."""
     width, rows = head_dim * heads, 2**14 // tokens
     mesh = make_mesh(MeshConfig(fsdp=1), topology_devices(parse_topology("v5p:2x2x1")))
 
@@ -56,4 +57,4 @@ def test_heads_of_any_size_are_neither_padded_nor_copied(head_dim, heads, tokens
     assert len(kernels) == 3  # forward, recomputed, backward
     total, layout = program.cycles()
     assert total > 0
-    assert layout < LARGEST_SHARE * total
+    assert layout < share * total

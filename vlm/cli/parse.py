@@ -22,7 +22,6 @@ from vlm.cli.help import Page
 T = TypeVar("T")
 
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
-_OPTIONAL_FLAG = "--scan"  # may be unset too, so tyro wants a value
 _SPOKEN = {"INTEGER": "an integer", "NUMBER": "a number"}
 
 
@@ -105,6 +104,8 @@ def print_help(args: list[str], page: Callable[[], Page]) -> None:
 def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any) -> Any:
     print_help(args, page)
     args = rename_options(args)
+    hints = typing.get_type_hints(target)
+    unset = {name.replace("_", "-") for name, hint in hints.items() if hint == bool | None}
     import tyro
 
     stderr = io.StringIO()
@@ -112,7 +113,7 @@ def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 target,
-                args=[part for arg in args for part in _for_tyro(arg)],
+                args=[_for_tyro(arg, unset) for arg in args],
                 config=(tyro.conf.AvoidSubcommands,),
                 add_help=False,
                 **settings,
@@ -126,12 +127,16 @@ def _cli(target: Any, args: list[str], page: Callable[[], Page], **settings: Any
         raise UsageError(usage_message(stderr.getvalue(), made)) from None
 
 
-def _for_tyro(arg: str) -> list[str]:
-    """Convert a flag to its form in tyro, such as `--no-data.cache` to `--data.no-cache`."""
-    if arg in (_OPTIONAL_FLAG, f"--no-{_OPTIONAL_FLAG[2:]}"):
-        return [_OPTIONAL_FLAG, str(arg == _OPTIONAL_FLAG)]
+def _for_tyro(arg: str, unset: set[str]) -> str:
+    """Convert a flag to its form in tyro, such as `--no-data.cache` to `--data.no-cache`.
+
+    Flags that may be `unset` too have a value there: `--no-scan` is `--scan=False`.
+    """
+    flag = re.fullmatch(r"--(no-)?([\w-]+)", arg)
+    if flag and flag[2] in unset:
+        return f"--{flag[2]}={flag[1] is None}"
     match = re.fullmatch(r"--no-([\w.-]+\.)([\w-]+)", arg)
-    return [f"--{match[1]}no-{match[2]}"] if match else [arg]
+    return f"--{match[1]}no-{match[2]}" if match else arg
 
 
 def usage_message(box: str, page: Page) -> str:

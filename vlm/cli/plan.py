@@ -80,14 +80,12 @@ def plan(
                 raise UsageError(
                     f"--{name} has several values, {' '.join(values)}: give one, or add --sweep"
                 )
-    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
-    changes: dict[str, Any] = {n: size for n, size in sizes.items() if size is not None}
+    given = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "scan": scan}
+    changes: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
     if batch_per_chip and not sweep:
         changes["batch_size"] = batch_per_chip * parse_topology(topology[0]).chips
     if remat and not sweep:
         changes["remat"] = remat[0]
-    if scan is not None:
-        changes["scan"] = scan
     experiment = dataclasses.replace(experiment, **changes)
     if sweep and experiment.phases:
         raise UsageError("--sweep compares runs of one phase: plan this config without --sweep")

@@ -53,9 +53,14 @@ def fits(query: Shaped, key: Shaped, mask: Shaped | None) -> bool:
         query.dtype == jnp.bfloat16
         and query.shape == key.shape
         and n >= 8
-        and (n * n <= WEIGHTS or query.shape[-1] <= FLASH_HEAD)
+        and takes(n, query.shape[-1])
         and (mask is None or mask.shape == (len(query), 1, 1, n))
     )
+
+
+def takes(tokens: int, head_dim: int) -> bool:
+    """Whether one of the kernels supports sequences and heads of these sizes."""
+    return tokens**2 <= WEIGHTS or head_dim <= FLASH_HEAD
 
 
 def runs_on(mesh: AbstractMesh) -> bool:

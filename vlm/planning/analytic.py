@@ -13,9 +13,9 @@ from vlm.config import Experiment, TextConfig, ViTConfig
 from vlm.inputs.preprocess import Preprocess
 from vlm.losses.contrastive import tile_side
 from vlm.models.flops import step_flops
+from vlm.nn import tpu_attention
 from vlm.nn.cuda_attention import MAX_HEAD_DIM
 from vlm.nn.remat import ATTENDED, MLP_HIDDEN, PROJECTED, saved_names
-from vlm.nn.tpu_attention import FLASH_HEAD, WEIGHTS
 from vlm.planning.collectives import FSDP, GRADIENTS, LOSS_RING, SELECTION, TENSOR
 from vlm.planning.compile import PlannedSupervision, StateBytes, planned_supervision, total_bytes
 
@@ -191,7 +191,7 @@ def fused_attention(experiment: Experiment, chip: Chip | None, tokens: int, conf
         return False
     head_dim = config.width // config.heads
     if chip.platform == "tpu":
-        return tokens**2 <= WEIGHTS or head_dim <= FLASH_HEAD
+        return tpu_attention.takes(tokens, head_dim)
     masked = isinstance(config, TextConfig) and config.pad_id is not None and config.causal
     return not masked and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
 

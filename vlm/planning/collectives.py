@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,8 @@ BETWEEN_SLICES = {
     "REDUCE_SCATTER": "reduce-scatter",
 }
 
-STARTS = "AsyncCollectiveStart"  # in the first of the fusions that one collective is spread over
+# Calls in the first and the last of the fusions that one collective is spread over.
+STARTS, ENDS = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 LOSS_RING, LOSS_SUMS, SELECTION = "loss ring", "loss sums", "selection of pairs"
 GRADIENTS, FSDP = "gradient reduction", "FSDP gathers"
@@ -59,7 +60,7 @@ def collectives(
     """
     known = {_plain(cut) for shape in parameter_shapes for cut in _cuts(shape, mesh_shape)}
     sums: dict[tuple, list] = {}  # count, payload and bytes sent
-    for instruction, computation, times in _found(program):
+    for instruction, computation, times, overlapped in _found(program):
         between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
         if between:
             kind, axes, group = BETWEEN_SLICES.get(between[1], "all-to-all"), ("data",), slices
@@ -84,7 +85,6 @@ def collectives(
             place = _place(kind, instruction.op_name, axes, of_parameter)
             if place == LOSS_SUMS and axes == ("data",) and mesh_shape.get("fsdp", 1) > 1:
                 place = GRADIENTS  # of shards; sums of the loss are over all devices of the batch
-        overlapped = STARTS in _text(computation)
         key = (place, kind, axes, group, bool(between), overlapped)
         row = sums.setdefault(key, [0, 0.0, 0.0])
         row[0] += times
@@ -97,29 +97,21 @@ def collectives(
     return sorted(rows, key=lambda row: -row.sent)
 
 
-def _found(program: Program):
+def _found(program: Program) -> Iterator[tuple[Instruction, Computation, int, bool]]:
+    """Yield each collective, its computation, how often it runs, and whether it is overlapped."""
     for instruction, computation, times in program.walk():
         if _is_collective(instruction):
-            yield instruction, computation, times
+            yield instruction, computation, times, False
         inside = program.fused(instruction)
-        if inside is not None and not _continues(inside):
-            yield from (
-                (i, inside, times) for i in inside.instructions.values() if _is_collective(i)
-            )
-
-
-def _continues(fusion: Computation) -> bool:
-    """Whether a fusion continues or ends a collective that another fusion began.
-
-    The TPU compiler may spread one over a chain of fusions, to overlap it with their work.
-    """
-    text = _text(fusion)
-    in_chain = fusion.name.startswith("async_collective_fusion") or "AsyncCollectiveDone" in text
-    return in_chain and STARTS not in text
-
-
-def _text(computation: Computation) -> str:
-    return "".join(i.text for i in computation.instructions.values())
+        found = [i for i in inside.instructions.values() if _is_collective(i)] if inside else []
+        if inside is None or not found:
+            continue
+        # The TPU compiler may spread one over a chain of fusions, to overlap it with their work.
+        begins, ends = (
+            any(call in i.text for i in inside.instructions.values()) for call in (STARTS, ENDS)
+        )
+        if begins or not (ends or inside.name.startswith("async_collective_fusion")):
+            yield from ((i, inside, times, begins) for i in found)
 
 
 def _is_collective(instruction: Instruction) -> bool:

@@ -128,9 +128,9 @@ class CompiledStep:
 
 def on_platform(experiment: Experiment, platform: str) -> Experiment:
     """Replace the dtype "auto" and the unset `scan` by those of the platform."""
-    dtype = "float32" if platform == "cpu" else "bfloat16"
-    if experiment.dtype != "auto":
-        dtype = experiment.dtype
+    dtype = experiment.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
     return dataclasses.replace(experiment, dtype=dtype, scan=scans_blocks(experiment, platform))
 
 
