@@ -17,7 +17,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from vlm.cli import COMMANDS, main, parse, train
+from vlm.cli import COMMANDS, elastic, main, parse, train
 from vlm.weights import catalogue
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +113,7 @@ def only_parse(monkeypatch):
     monkeypatch.setattr(parse, "call", check)
     monkeypatch.setattr(train, "_train", lambda *values, **options: None)
     monkeypatch.setattr(train, "_changed", lambda *values, **options: None)
+    monkeypatch.setattr(elastic, "supervise", lambda *values, **options: None)
 
 
 @pytest.fixture

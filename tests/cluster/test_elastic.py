@@ -42,6 +42,7 @@ def supervisor(hosts: Hosts, problem=lambda count: "", fewest=2, most=4, **more)
             "command": lambda: ["true"],
             "problem": problem,
             "progress": lambda: 0,
+            "starts": lambda: 1,
         }
         | more
     )
@@ -113,7 +114,9 @@ def test_what_follows_from_the_exit_codes_of_a_group(tmp_path, codes, outcome):
     for _ in range(2):
         for host, code in zip(hosts, codes, strict=True):
             host.beat(group=3, code=code)
-    assert [supervisor(host)._outcome(group) for host in hosts] == [outcome, outcome]
+    for host in hosts:
+        follows = supervisor(host)
+        assert follows._outcome(group, follows._exit_codes(group)) == outcome
     newest = hosts[0].newest_group()
     assert (newest is not None and newest.finished) == (outcome == 0)
 
@@ -124,7 +127,8 @@ def test_a_host_that_trains_again_has_ended_before(tmp_path):
     group = Group(3, {i: host.session for i, host in enumerate(hosts)}, "", ())
     hosts[0].beat(state="running", group=4, code=None)
     hosts[1].beat(group=3, code=-9)
-    assert supervisor(hosts[1])._outcome(group) is None
+    follows = supervisor(hosts[1])
+    assert follows._outcome(group, follows._exit_codes(group)) is None
 
 
 def ended(hosts: list[Hosts], number: int, *codes: int, **changes: str) -> list[int]:
@@ -189,8 +193,10 @@ def test_the_time_of_an_outage_of_the_folder_counts_for_no_host(tmp_path, monkey
     hosts[0].beat()
     assert capsys.readouterr().err.count("cannot be used now (No such file or directory)") == 1
     assert hosts[0].lost(group) == []
+    hosts[0].check()
+    clock.now += 570
     with pytest.raises(
-        ConfigError, match=r"could not be used for 31 s \(No such file.*start again"
+        ConfigError, match=r"could not be used for 601 s \(No such file.*start again"
     ):
         hosts[0].check()
     (tmp_path / "away").rename(folder)
@@ -209,7 +215,7 @@ def test_the_time_of_an_outage_of_the_folder_counts_for_no_host(tmp_path, monkey
 def test_a_host_whose_read_blocks_stays_alive_for_a_while(tmp_path, monkeypatch):
     """The pipe stands for a mount that stalls: a read of it waits for a writer."""
     monkeypatch.setattr(elastic, "PERIOD", 0.05)
-    monkeypatch.setattr(elastic, "STALL_LIMIT", 1.5)
+    monkeypatch.setattr(elastic, "OUTAGE_LIMIT", 1.5)
     monkeypatch.setattr(watch, "HEARTBEAT_TIMEOUT", 0.5)
     pipe, other, alive_at = tmp_path / "pipe", Hosts(epath.Path(tmp_path), 1), []
     os.mkfifo(pipe)
@@ -243,11 +249,35 @@ def test_why_a_run_does_not_fit_is_found_once_for_a_start(tmp_path):
     hosts = hosts_in(tmp_path, 4)
     lead = supervisor(hosts[0], problem, fewest=3)
     group = Group(0, {i: host.session for i, host in enumerate(hosts[:2])}, "", ())
-    assert not any(lead._can_grow(group) for _ in range(5))
+    assert not any(lead._can_grow(group, 0) for _ in range(5))
     assert asked == [4, 3]
     lead._joined = 1
-    lead._can_grow(group)
+    lead._can_grow(group, 0)
     assert asked == [4, 3, 4, 3]
+
+
+def test_a_group_grows_once_it_has_begun_to_train(tmp_path):
+    hosts = hosts_in(tmp_path, 3)
+    starts = []
+    lead = supervisor(hosts[0], most=3, starts=lambda: len(starts))
+    group = Group(0, {i: host.session for i, host in enumerate(hosts[:2])}, "", ())
+    assert not lead._can_grow(group, 0)
+    starts.append("row of the history")
+    assert lead._can_grow(group, 0)
+
+
+def test_planned_restarts_are_no_failures(tmp_path, monkeypatch):
+    """Four of them without a new checkpoint do not end a run; then three failures do."""
+    hosts = hosts_in(tmp_path, 2)
+    group = Group(0, {i: host.session for i, host in enumerate(hosts)}, "", ())
+    ends = iter([[76, 76]] * 4 + [[75, -9]] * 3 + [[0, 0]])
+    lead = supervisor(hosts[0])
+    monkeypatch.setattr(lead, "_join", lambda: group)
+    monkeypatch.setattr(lead, "_train", lambda group: None)
+    monkeypatch.setattr(lead, "_exit_codes", lambda group: next(ends))
+    with pytest.raises(ConfigError, match="failed 3 times in a row without a new checkpoint"):
+        lead.run()
+    assert list(ends) == [[0, 0]]
 
 
 SUPERVISOR = """
@@ -259,7 +289,7 @@ folder, host = epath.Path(sys.argv[1]), int(sys.argv[2])
 command = [sys.executable, "-S", "-c", sys.argv[3], str(folder)]
 sys.exit(elastic.Supervisor(
     elastic.Hosts(folder, host), 2, 3, "127.0.0.1", 2.0, 2, (), lambda: command, lambda count: "",
-    lambda: len(list(folder.glob("pid-*"))),
+    *[lambda: len(list(folder.glob("pid-*")))] * 2,
 ).run())
 """
 # Runs until the file `end` is there, or one process of its start has had a SIGTERM (exit code 76).

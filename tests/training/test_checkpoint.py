@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
+import signal
+import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
@@ -40,11 +44,46 @@ def test_checkpoints_are_kept_by_number_and_by_the_hour(tmp_path):
 
 
 def test_orbax_does_not_ask_for_a_preemption(tmp_path, monkeypatch):
-    """The training loop asks, for steps that only rise."""
+    """The training loop asks, with numbers of its own."""
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     assert write(tmp_path / "run", [1, 2], keep=2) == [1, 2]
     assert not asked
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes")
+def test_a_checkpoint_that_could_not_be_written_is_not_reported(tmp_path):
+    """A limit of the size of files stands for a full disk: the writer fails in its thread."""
+    import resource
+
+    state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with Checkpoints(as_path(tmp_path / "run"), keep=3) as checkpoints:
+
+        def fail(step: int) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+            checkpoints.save(step, state, {})
+            while checkpoints.writing:
+                time.sleep(0.01)
+
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        assert [row["step"] for row in checkpoints.finished()] == [1]
+        try:
+            fail(2)
+            assert checkpoints.newest == 1
+            with pytest.raises(CheckpointError, match="checkpoint 1 is complete and kept"):
+                checkpoints.finished()
+            assert checkpoints.finished() == []
+            fail(3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, ignored)
+        checkpoints.save(4, state, {})  # at the end of the run, say: that of 3 is logged
+        checkpoints.wait()
+        assert [row["step"] for row in checkpoints.finished()] == [4]
+        assert checkpoints.steps() == [1, 4]
 
 
 @pytest.fixture

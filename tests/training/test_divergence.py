@@ -355,7 +355,7 @@ def test_two_processes_roll_back_together(bad, rolled_back, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_after_a_rollback(bad, tmp_path):
-    """Checkpoints are written all the time, whose steps are lower than those of the sync point."""
+    """Checkpoints are written all the time, and Orbax does not ask JAX with their steps."""
     run = tmp_path / "run"
     experiment = bad(run, steps=200, checkpoint_every=0.005, keep_checkpoints=30)
     pair = Pair([write_config(experiment, tmp_path / "config.json")], tmp_path)

@@ -13,6 +13,7 @@ from processes import environment, losses, send_at, start, wait, write_config
 
 from vlm.cluster import watch
 from vlm.config import MeshConfig, PreprocessConfig
+from vlm.data.interleave import ONE_EACH
 from vlm.errors import ShardingError
 from vlm.training.fewer_devices import devices_before, fitted, problem_of
 
@@ -61,7 +62,10 @@ def test_the_data_axis_shrinks_and_grows(tiny):
         fitted(e, 8, 5)
     fixed = dataclasses.replace(e, mesh=MeshConfig(data=8))  # fsdp is 1, also of TPUs
     assert fitted(fixed, 8, 4).mesh == MeshConfig(data=-1, fsdp=1)
-    one_free = dataclasses.replace(e, mesh=MeshConfig(data=4, fsdp=-1))
+    default = dataclasses.replace(e, mesh=MeshConfig())  # fsdp is 1, of TPUs up to 16
+    assert fitted(default, 8, 6).mesh == MeshConfig()
+    assert fitted(default, 8, 6, tpu=True).mesh == MeshConfig(gather="layer")
+    one_free = dataclasses.replace(e, mesh=MeshConfig(data=2, fsdp=-1))
     assert fitted(one_free, 8, 4).mesh == dataclasses.replace(one_free.mesh, gather="layer")
 
 
@@ -88,6 +92,15 @@ def test_why_a_run_cannot_train_on_some_processes(tiny):
     lanes = tiny(batch_size=12, data={"interleave": 4, "source": "a/*.tar"})
     assert problem_of(lanes, rows, 3) == "data.interleave 4 does not divide over 3 processes"
     assert problem_of(lanes, rows, 2) == ""
+    default = tiny(batch_size=12, data={"source": "a/*.tar"})  # its lanes are in the history
+    rows = [row(4, lanes=4), row(4, rollback={})]
+    assert (
+        problem_of(default, rows, 3) == "4 readers (data.interleave) do not divide over 3 processes"
+    )
+    assert problem_of(default, rows, 2) == ""
+    iterable = [row(4, lanes=ONE_EACH)]
+    assert problem_of(default, iterable, 2) == "each of 4 processes has its own data iterator"
+    assert problem_of(default, iterable, 4) == ""
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Time of a run by purpose, over kills, resumes and failures."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from processes import environment, send_at, start, wait, write_config
 
 import vlm
+from vlm.errors import CheckpointError, VlmError
 from vlm.paths import as_path
 from vlm.training import watchdog
 from vlm.training.goodput import FILE, PURPOSES, TimeTally
@@ -77,7 +79,7 @@ def test_time_is_recorded_while_a_step_lasts(tmp_path, monkeypatch):
             time.sleep(0.02)
         return rows_of(folder)
 
-    with ActivityTimer() as timed, GoodputLog(folder, folder, timed, 0) as log:
+    with ActivityTimer() as timed, GoodputLog(folder, folder, timed) as log:
         rows = grows(0)  # before the first step
         assert all("start" in row for row in rows[1:])
         log.record(0, force=True)
@@ -96,7 +98,7 @@ def test_lines_of_the_thread_have_the_step_of_the_main_thread(tmp_path, monkeypa
     """The log is some steps behind, and its lines never seem to go back."""
     monkeypatch.setattr(watchdog, "STALL_WARNING", 0.2)
     folder = as_path(tmp_path)
-    with ActivityTimer() as timed, GoodputLog(folder, folder, timed, 0) as log:
+    with ActivityTimer() as timed, GoodputLog(folder, folder, timed) as log:
         log.record(1, force=True)
         timed.step = 7
         while rows_of(folder)[-1]["step"] < 7:
@@ -106,6 +108,37 @@ def test_lines_of_the_thread_have_the_step_of_the_main_thread(tmp_path, monkeypa
             log.record(5)
     assert {row["step"] for row in rows_of(folder)[before:]} == {7}
     assert TimeTally(rows_of(folder)).seconds["lost"] == 0
+
+
+def test_a_resumed_start_is_shown_before_it_has_restored(tmp_path):
+    folder = as_path(tmp_path)
+    with ActivityTimer() as timed, GoodputLog(folder, folder, timed) as log:
+        log.record(9, force=True)
+    assert rows_of(folder)[-1] == {"step": 9, "end": "stopped"}
+    with ActivityTimer() as timed, GoodputLog(folder, folder, timed) as log:
+        assert rows_of(folder)[-1]["step"] == 9
+        assert "began" in rows_of(folder)[-1]
+        log.restored(6)
+        log.record(6, force=True)
+        log.record(8, force=True)
+    assert TimeTally(rows_of(folder)).starts == 2
+    assert [row["step"] for row in rows_of(folder)[-3:]] == [8, 8, 8]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("error", [None, CheckpointError("checkpoint 6 is kept")])
+def test_the_error_of_a_full_disk_is_a_sentence_and_hides_no_other(tmp_path, error):
+    folder = as_path(tmp_path)
+
+    def run() -> None:
+        with ActivityTimer() as timed, GoodputLog(folder, folder, timed) as log:
+            log._file._open_file = full
+            if error:
+                raise error
+
+    expected = str(error) if error else r"goodput.jsonl cannot be written \(.*resume the run"
+    with open("/dev/full", "a") as full, pytest.raises(VlmError, match=expected):
+        run()
 
 
 @pytest.mark.untyped

@@ -130,15 +130,15 @@ def test_a_hang_up_asks_to_stop_unless_it_is_ignored():
     before = signal.getsignal(signal.SIGHUP)
     try:
         with Interrupted() as interrupted:
-            assert not interrupted.at(1)
+            assert not interrupted.is_due()
             signal.raise_signal(signal.SIGHUP)
-            assert interrupted.at(1)
+            assert interrupted.is_due()
             signal.raise_signal(signal.SIGHUP)  # again: no harm
         assert signal.getsignal(signal.SIGHUP) == before
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with Interrupted() as interrupted:
             signal.raise_signal(signal.SIGHUP)
-            assert not interrupted.at(1)
+            assert not interrupted.is_due()
     finally:
         signal.signal(signal.SIGHUP, before)
 

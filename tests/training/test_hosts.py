@@ -14,6 +14,7 @@ import pytest
 from processes import KILLS, environment, losses, send_at, start, wait, weights, write_config
 from safetensors.numpy import load as load_safetensors
 
+import vlm
 from vlm.cluster import watch
 from vlm.config import EvalConfig, PreprocessConfig
 from vlm.training.loop import train
@@ -149,6 +150,33 @@ def test_a_killed_or_interrupted_pair_ends_the_same(pair, tmp_path, _):
     Pair(["--resume", run], tmp_path).wait()
     assert weights(run) == weights(whole)
     assert losses(run) == losses(whole)
+
+
+SIGNALLED = """
+import os, signal, vlm
+
+class Signalled(vlm.callbacks.Callback):
+    def on_start(self, run):
+        if run.resumed:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_pair_that_is_interrupted_during_its_start_stops_at_its_first_step(
+    pair, tmp_path, monkeypatch
+):
+    """It comes after JAX has begun to listen, and before the first step: in a long restore, say."""
+    run, *_ = pair
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(vlm.__file__).parents[1]}")
+    monkeypatch.syspath_prepend(tmp_path)
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "bundle")
+    shutil.rmtree(again / "checkpoints" / str(STEPS))
+    newest = max(int(path.name) for path in (again / "checkpoints").iterdir())
+    arguments = ["--resume", again, "--callbacks", "signalled:Signalled"]
+    assert f"stopped at step {newest};" in Pair(arguments, tmp_path).wait()[0]
 
 
 def test_the_coordinator_process_dies(pair, tmp_path):

@@ -207,7 +207,7 @@ def test_none_is_taken_from_before_a_rollback(run, caplog):
 
 
 def test_phases_leave_them_valid(run):
-    run.record_phase(1, 3, 100, {}, "")
+    run.record_phase(1, 3, 100, {})
     assert restored_step(resumed(run)) == 6
 
 

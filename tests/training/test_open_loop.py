@@ -185,8 +185,11 @@ def test_a_callback_that_raises_stops_the_run_with_a_checkpoint(tiny, tmp_path, 
 
 def test_a_callback_that_fails_at_the_start_or_is_none(tiny, tmp_path):
     experiment = tiny(run_dir=str(tmp_path / "run"), **SMALL)
-    with pytest.raises(TrainingError, match="Recorder failed in on_start"):
+    with pytest.raises(
+        TrainingError, match=r"Recorder failed in on_start .* fix it, and start the run again"
+    ):
         vlm.train(experiment, callbacks=[Recorder("on_start")])
+    assert not (tmp_path / "run").exists()
     experiment = tiny(run_dir=str(tmp_path / "other"), **SMALL)
     with pytest.raises(ConfigError, match=r"which is a function without any of on_start, on_step"):
         vlm.train(experiment, callbacks=[closer])

@@ -137,6 +137,8 @@ def test_later_phases_can_change_at_a_resume_and_earlier_ones_only_validly(whole
         train(dataclasses.replace(before, batch_size=32), resume=run)
     with pytest.raises(ConfigError, match=r"has begun its phase 2, and --phases has 1: give the"):
         train(dataclasses.replace(before, phases=(one,)), resume=run)
+    with pytest.raises(ConfigError, match=r"phase 2 has begun at .*, and --phases has one"):
+        train(dataclasses.replace(before, phases=(one, three)), resume=run)
     train(dataclasses.replace(before, phases=(one, two, later), steps=14), resume=run)
     rows = read_history(as_path(run))
     assert rows[-2]["changes"]["steps"] == [13, 14]

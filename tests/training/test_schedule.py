@@ -142,9 +142,9 @@ def test_on_a_disk_nothing_is_copied(tmp_path):
 def test_a_short_shutdown_deadline_is_logged(monkeypatch):
     monkeypatch.setattr(interrupt, "SHUTDOWN_GRACE", 30.0)
     with Interrupted() as interrupted:
-        assert not interrupted.at(3)
+        assert not interrupted.is_due()
         interrupted._ask(15, None)
-        assert interrupted.at(3)
+        assert interrupted.is_due()
         assert interrupted.announce(3, 5.0, 2) == "stop requested: saving step 3"
         output = interrupted.announce(3, 45.0, 2)
     assert (

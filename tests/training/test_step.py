@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import math
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,16 @@ from vlm.training.watchdog import ActivityTimer
 
 def make(experiment: Experiment, devices: int = 1) -> Trainer:
     return Trainer(experiment, make_mesh(experiment.mesh, jax.devices()[:devices]))
+
+
+def test_a_trainer_is_freed_after_its_last_use(tiny):
+    """Each phase of a run has its own, with the weights of its teacher on the devices."""
+    trainer = make(tiny())
+    freed = weakref.ref(trainer)
+    assert trainer.step_at(16) is trainer.step
+    del trainer
+    gc.collect()
+    assert freed() is None
 
 
 def batch(step: int, size: int = 16) -> dict[str, np.ndarray]:

@@ -81,6 +81,11 @@ def supervise(
         steps = [int(name) for name in names if name.isdigit()]
         return max([*steps, *(row["step"] for row in read_history(run)[-1:])], default=-1)
 
+    def starts() -> int:
+        from vlm.training.history import read_history
+
+        return len(read_history(run))
+
     def problem(processes: int) -> str:
         from vlm.training.fewer_devices import problem_of
         from vlm.training.history import read_history
@@ -100,6 +105,7 @@ def supervise(
         command,
         problem,
         progress,
+        starts,
     ).run()
     if code:
         raise SystemExit(code)

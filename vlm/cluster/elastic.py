@@ -30,7 +30,7 @@ from vlm.paths import replace_text, storage_error_reason
 T = TypeVar("T")
 PERIOD = 1.0  # seconds between two records of a host
 KILL_DELAY = 5.0  # seconds that a process has to report the death of another, before it is killed
-STALL_LIMIT = 600.0  # seconds for which a read of a shared file may block, before its host is lost
+OUTAGE_LIMIT = 600.0  # seconds for which the shared folder may fail, or block a read of a file
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -89,7 +89,7 @@ class Hosts:
 
         def keep_writing() -> None:
             while not over.wait(PERIOD):
-                if 2 * PERIOD < time.monotonic() - self._beaten < STALL_LIMIT:
+                if 2 * PERIOD < time.monotonic() - self._beaten < OUTAGE_LIMIT:
                     with contextlib.suppress(Exception):  # `beat` reports it
                         self._write()
 
@@ -114,9 +114,9 @@ class Hosts:
             return default
 
     def check(self) -> None:
-        """Raise a ConfigError if the folder has failed for longer than the heartbeat timeout."""
+        """Raise a ConfigError if the folder has failed for longer than `OUTAGE_LIMIT`."""
         seconds = time.monotonic() - self._exchanged
-        if self._failure and seconds > watch.HEARTBEAT_TIMEOUT:
+        if self._failure and seconds > OUTAGE_LIMIT:
             raise ConfigError(
                 f"{self.folder} could not be used for {seconds:.0f} s ({self._failure}): make it "
                 "readable and writable, and start again"
@@ -207,6 +207,7 @@ class Supervisor:
         command: returns the command line of the next training process.
         problem: returns why the run cannot train on a number of hosts, or an empty string.
         progress: returns a value that changes with each checkpoint.
+        starts: returns how often training has begun.
     """
 
     hosts: Hosts
@@ -219,6 +220,7 @@ class Supervisor:
     command: Callable[[], list[str]]
     problem: Callable[[int], str]
     progress: Callable[[], Any]
+    starts: Callable[[], int]
     _joined: int = -1  # number of the last group of this host
     _signal: int | None = None  # that asked this host to leave
     # why the run cannot train on a number of hosts, for each start and number
@@ -235,12 +237,13 @@ class Supervisor:
             restarts, progress = 0, self.hosts.attempt(None, self.progress)
             while (group := self._join()) is not None:
                 self._train(group)
-                code = self._outcome(group)
+                codes = self._exit_codes(group)
+                code = self._outcome(group, codes)
                 if code is not None:
                     return code
                 before, progress = progress, self.hosts.attempt(progress, self.progress)
-                restarts += 1
-                restarts = restarts if progress == before else 1
+                failed = not set(codes) <= {0, watch.STOPPED}
+                restarts = failed + (restarts if progress == before else 0)
                 if restarts > self.max_restarts:
                     raise ConfigError(
                         f"the run failed {restarts} times in a row without a new checkpoint "
@@ -327,6 +330,7 @@ class Supervisor:
     def _train(self, group: Group) -> None:
         """Run the training process of this host until it ends, or a host of the group is lost."""
         hosts, lost_since, stop_sent = self.hosts, None, False
+        starts = hosts.attempt(0, self.starts)
         hosts.beat(state="running", group=group.number, code=None)
         while not (command := hosts.attempt([], self.command)):
             time.sleep(PERIOD)
@@ -355,7 +359,7 @@ class Supervisor:
                     break  # the others took this host for lost
                 if lost or stop_sent:
                     continue
-                if hosts.attempt(False, self._can_grow, group):
+                if hosts.attempt(False, self._can_grow, group, starts):
                     stop_sent = True
                     _log("more processes joined: saving a checkpoint, and starting with them")
                     process.send_signal(signal.SIGTERM)
@@ -365,16 +369,19 @@ class Supervisor:
         state = "waiting" if self._signal is None else "left"
         hosts.beat(state=state, code=process.returncode)
 
-    def _can_grow(self, group: Group) -> bool:
-        """Whether this host leads a group that could be larger."""
+    def _can_grow(self, group: Group, starts: int) -> bool:
+        """Whether this host leads a group that could be larger, and has begun to train.
+
+        Before that, a stop would only cost the time of the start. `starts` is their number before.
+        """
         size, waiting = len(group.hosts), self.hosts.alive("waiting")
         others = [host for host in waiting if host not in group.sessions]
         if not others or self.hosts.host != group.hosts[0] or size == self.most:
             return False
-        return (self._largest(size + len(others)) or 0) > size
+        return (self._largest(size + len(others)) or 0) > size and self.starts() > starts
 
-    def _outcome(self, group: Group) -> int | None:
-        """Return the exit code once all hosts of a group have ended; None to train again."""
+    def _exit_codes(self, group: Group) -> list[int | None]:
+        """Wait until all hosts of a group have ended, and return `Hosts.results`."""
         hosts = self.hosts
         while missing := {host for host in group.hosts if hosts.result(group, host) is None}:
             if missing <= set(hosts.lost(group)):
@@ -382,7 +389,11 @@ class Supervisor:
             time.sleep(PERIOD)
             hosts.beat()
             hosts.check()
-        codes = hosts.results(group)
+        return hosts.results(group)
+
+    def _outcome(self, group: Group, codes: list[int | None]) -> int | None:
+        """Return the exit code after a group has ended; None to train again."""
+        hosts = self.hosts
         if self._signal is not None:
             hosts.beat(state="left")
             return 0

@@ -28,6 +28,7 @@ from vlm.inputs.tokenizer import AnyTokenizer
 from vlm.nn.naflex import Patches
 
 MAX_DEFAULT_LANES = 256  # if the config does not set `interleave`
+ONE_EACH = "one for each process"  # number of lanes of an iterable, in the history of a run
 
 _CHUNK = 4  # samples per task of a decoding thread, from one lane or several
 _MAX_FILTERED = 1_000_000  # in a row, before the filter counts as rejecting everything

@@ -22,7 +22,7 @@ from vlm.config.resume import begins_new_pass, position_fields
 from vlm.data.batch_schedule import BatchSchedule
 from vlm.data.examples import captions_of
 from vlm.data.faults import BadSamples
-from vlm.data.interleave import LaneBatches, gather_processes
+from vlm.data.interleave import ONE_EACH, LaneBatches, gather_processes
 from vlm.data.mixing import MixingMonitor
 from vlm.data.mixture import part_configs
 from vlm.data.python_source import check_workers, has_length, is_named
@@ -129,6 +129,17 @@ class TrainIterator(grain.DatasetIterator):
     def step(self) -> int:
         """Number of the next batch."""
         return self._step
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """Columns for the history of a run: `data`, what `resume` did, and `lanes` of a stream."""
+        columns: dict[str, Any] = {}
+        if self.position_change:
+            columns["data"] = self.position_change
+        if isinstance(self._order, LaneBatches):
+            stream = self._order.stream
+            columns["lanes"] = ONE_EACH if hasattr(stream, "fix_lanes") else stream.lanes
+        return columns
 
     def get_state(self) -> dict[str, Any]:
         """Return the state for a checkpoint: JSON values, equal in all processes.

@@ -73,10 +73,12 @@ class ActiveRun:
             local = stack.enter_context(self._local_checkpoints)
             kept = experiment.keep_checkpoints, experiment.keep_hours
             self._checkpoints = stack.enter_context(Checkpoints(run.checkpoints, *kept, local))
+            if run.resumed:  # at once, so that `vlm runs` shows it
+                self._open_goodput()
             with run.starting(), timed("making the state"):
                 self.state = self.phases.start(self._checkpoints, self._length)
                 self.step, self.total = int(self.state.step), int(self.state.total_steps)
-            run.record_start(self.step, self.total, self.phases.batches.position_change)
+            run.record_start(self.step, self.total, self.phases.batches.history)
             self._checkpoint_schedule = CheckpointSchedule(experiment, self.step, self.total)
             self._unsaved = False  # whether a scheduled checkpoint is still to be saved
             report_start(run, self.phases, self.state)
@@ -86,8 +88,9 @@ class ActiveRun:
                 stop = self._interrupted.request
                 self._callbacks.start(self._sync, self.step, self.total, stop)
             self._monitor = DivergenceMonitor(experiment.divergence, settings_digest(experiment))
-            self._goodput = GoodputLog(run.folder, self._sync.local, timed, self.step)
-            self._until_the_end.enter_context(self._goodput)
+            if not run.resumed:  # whose folder is removed if it does not start
+                self._open_goodput()
+            self._goodput.restored(self.step)
             self._logs = Logs(
                 run,
                 self._sync,
@@ -105,13 +108,15 @@ class ActiveRun:
             self._monitor.restore(self.phases.divergence)
             yield
 
+    def _open_goodput(self) -> None:
+        goodput = GoodputLog(self._run.folder, self._sync.local, self._timed)
+        self._goodput = self._until_the_end.enter_context(goodput)
+
     # ------------------------------------------------------------------------ what is to be done
 
     def goes_on(self) -> bool:
         """Whether there is a step or a rollback to do; call it before each."""
-        # Steps of the sync point of all processes may only rise.
-        sync_step = self.step + self._monitor.skipped
-        return (self.step < self.total or self.diverged) and not self._interrupted.at(sync_step)
+        return (self.step < self.total or self.diverged) and not self._interrupted.is_due()
 
     @property
     def diverged(self) -> bool:

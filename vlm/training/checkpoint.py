@@ -41,8 +41,8 @@ _SHARED_FROM = 2**20
 class _Manager(ocp.CheckpointManager):
     """Manager that does not ask JAX for a preemption.
 
-    Its answers would make the training loop miss one: JAX agrees on a step that all processes have
-    still to ask for, and steps of this manager are lower than those of the loop after a rollback.
+    It would make the training loop miss one: JAX answers at one number, which all processes have
+    still to ask for, and this manager asks with the numbers of its steps.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -107,8 +107,9 @@ class Checkpoints:
 
     @property
     def newest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return max(self._manager.all_steps(), default=None)
+        """Step of the newest checkpoint that is known to be complete."""
+        writing = self._writing and self._writing["step"]
+        return max((s for s in self._manager.all_steps() if s != writing), default=None)
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints; all processes must call it."""
@@ -146,8 +147,10 @@ class Checkpoints:
         Returns after the state is copied to the host and the previous write is complete.
         `data_state` is any JSON value.
 
+        A failure of the previous write is logged, since this one may succeed.
+
         Raises:
-            CheckpointError: this or the previous write failed, for example on a full disk.
+            CheckpointError: it could not be written, for example on a full disk.
         """
         if self._corrupt:  # Orbax refuses to write before a newer step, even a corrupt one
             self.delete(self._corrupt)
@@ -155,7 +158,10 @@ class Checkpoints:
             return
         arguments = args.Composite(state=args.PyTreeSave(state), data=args.JsonSave(data_state))
         began = time.monotonic()
-        self.wait()
+        try:
+            self.wait()
+        except CheckpointError as error:
+            log.warning("%s; step %s is saved now", error, step)
         with self._storage_errors():
             self._manager.save(step, args=arguments)
         self._writing = {
@@ -171,9 +177,12 @@ class Checkpoints:
         Raises:
             CheckpointError: it could not be written.
         """
+        row, self._writing = self._writing, None
         with self._storage_errors():
             self._manager.wait_until_finished()
-        self._record_finished()
+        if row is not None:
+            self.seconds = time.monotonic() - row.pop("checkpoint/began")
+            self._rows.append(row | {"checkpoint/seconds": self.seconds})
 
     def finished(self) -> list[dict[str, Any]]:
         """Return a log row for each checkpoint completed since the last call.
@@ -181,18 +190,10 @@ class Checkpoints:
         Raises:
             CheckpointError: one could not be written.
         """
-        if not self.writing:
-            with self._storage_errors():
-                self._manager.check_for_errors()
-            self._record_finished()
+        if self._writing is not None and not self.writing:
+            self.wait()
         rows, self._rows = self._rows, []
         return rows
-
-    def _record_finished(self) -> None:
-        if self._writing is not None:
-            row, self._writing = self._writing, None
-            self.seconds = time.monotonic() - row.pop("checkpoint/began")
-            self._rows.append(row | {"checkpoint/seconds": self.seconds})
 
     def restore(
         self, abstract: Any, older: Any = None, accepts: Callable[[Any], bool] = lambda _: True

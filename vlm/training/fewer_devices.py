@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from vlm.config import Experiment, in_phase
+from vlm.data.interleave import ONE_EACH
 from vlm.errors import VlmError
 from vlm.sharding import AXES, batch_ways, mesh_sizes
 from vlm.training.schedule import check_batch_sizes
@@ -28,8 +29,8 @@ def devices_before(rows: list[dict[str, Any]]) -> int | None:
     return _device_count(row[0]) if row else None
 
 
-def fitted(experiment: Experiment, before: int, now: int) -> Experiment:
-    """Return an experiment for `now` devices that was chosen for `before`.
+def fitted(experiment: Experiment, before: int, now: int, *, tpu: bool = False) -> Experiment:
+    """Return an experiment for `now` devices, TPUs or others, that was chosen for `before`.
 
     A fixed data axis becomes what is left for it. The micro-batch is the largest that divides the
     batch and has at most as many rows on each device as before. With more devices, and where none
@@ -50,7 +51,8 @@ def fitted(experiment: Experiment, before: int, now: int) -> Experiment:
         return e
     ways_before, ways = batch_ways(_mesh(experiment, before)), batch_ways(_mesh(e, now))
     rows = (e.micro_batch_size or e.batch_size) // ways_before
-    if mesh.fsdp not in (None, 1) and not e.gathers_once:  # by default micro-batches do
+    _, shards, _ = mesh_sizes(mesh, now, tpu=tpu)
+    if shards > 1 and not e.gathers_once:  # by default micro-batches do
         mesh = dataclasses.replace(mesh, gather="layer")
     for parts in range(1, e.batch_size // ways + 1):
         micro = e.batch_size // parts
@@ -73,6 +75,8 @@ def problem_of(experiment: Experiment, rows: list[dict[str, Any]], processes: in
     before = devices_before(rows)
     if before is None:
         return ""
+    if problem := _problem_of_lanes([r for r in rows if "rollback" not in r][-1], processes):
+        return problem
     now = _device_count(rows[-1]) // rows[-1]["processes"] * processes
     for number in range(len(experiment.phases) + 1):
         e = in_phase(experiment, number)
@@ -84,6 +88,17 @@ def problem_of(experiment: Experiment, rows: list[dict[str, Any]], processes: in
                 return problem
         except VlmError as error:
             return str(error)
+    return ""
+
+
+def _problem_of_lanes(row: dict[str, Any], processes: int) -> str:
+    """Return why so many processes cannot share the readers of a stream, or an empty string."""
+    lanes = row.get("lanes", 0)
+    if lanes == ONE_EACH:
+        same = processes == row["processes"]
+        return "" if same else f"each of {row['processes']} processes has its own data iterator"
+    if lanes % processes:
+        return f"{lanes} readers (data.interleave) do not divide over {processes} processes"
     return ""
 
 

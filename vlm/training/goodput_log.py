@@ -2,18 +2,16 @@
 
 import contextlib
 import datetime
-import json
 import threading
 import time
-from typing import IO, Any
+from typing import Any
 
 import jax
 from etils import epath
 
-from vlm.errors import VlmError, first_line
-from vlm.paths import replace_text
+from vlm.errors import ConfigError, VlmError, first_line
 from vlm.training.goodput import FILE, TimeTally
-from vlm.training.history import read_rows
+from vlm.training.history import RowWriter, read_rows
 from vlm.training.watchdog import DATA, DEVICE, STEP, ActivityTimer
 
 _PURPOSE_OF = {
@@ -41,25 +39,23 @@ class GoodputLog:
     Args:
         folder: run folder, whose lines so far are read.
         local: folder on this machine where the file grows.
-        step: steps done before this start.
     """
 
-    def __init__(self, folder: epath.Path, local: epath.Path, activity: ActivityTimer, step: int):
+    def __init__(self, folder: epath.Path, local: epath.Path, activity: ActivityTimer):
         self._activity, self._at = activity, activity.began
         self._end: dict[str, str] = {"end": "stopped"}
-        self._step, self._starting = step, True  # until the first step is done
+        self._step, self._starting = 0, True  # until the first step is done
         self._last = self._spent()
         self._recording = threading.Lock()
         self.tally = TimeTally()
-        self._file: IO[str] | None = None
+        self._file: RowWriter | None = None
         if jax.process_index() == 0:
             rows = read_rows(folder / FILE)
             self.tally = TimeTally(rows)
-            began = {"step": step, "began": datetime.datetime.now(datetime.UTC).isoformat()}
+            self._step = rows[-1]["step"] if rows else 0
+            began = {"step": self._step, "began": datetime.datetime.now(datetime.UTC).isoformat()}
             self.tally.add(began)
-            file = local / FILE
-            replace_text(file, "".join(json.dumps(row) + "\n" for row in [*rows, began]))
-            self._file = file.open("a")
+            self._file = RowWriter(local / FILE, [*rows, began])
 
     def __enter__(self) -> "GoodputLog":
         self._activity.heartbeat = self._beat
@@ -70,15 +66,23 @@ class GoodputLog:
             kind_of = "" if isinstance(error, VlmError) else f"{kind.__name__}: "
             self._end = {"end": "failed", "error": kind_of + first_line(error)}
         self._activity.heartbeat = None
-        self.record(self._reached, force=True)
-        with self._recording:
-            self._close()
+        try:
+            self.record(self._reached, force=True)
+            if self._file is not None:
+                self._file.write({"step": self._reached, **self._end})
+        except ConfigError:
+            if error is None:  # never hide an earlier error
+                raise
+        finally:
+            with self._recording:
+                file, self._file = self._file, None
+            if file is not None:
+                file.close()
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps({"step": self._activity.step, **self._end}) + "\n")
-            self._file.close()
-            self._file = None
+    def restored(self, step: int) -> None:
+        """Note the steps done before this start, which begins at a checkpoint."""
+        with self._recording:
+            self._step = step
 
     def finish(self) -> None:
         """Note that the run is finished."""
@@ -97,7 +101,7 @@ class GoodputLog:
 
     def _beat(self) -> None:
         """Append a line for the time up to now, if the last line is long ago, in any thread."""
-        with self._recording, contextlib.suppress(OSError):  # `record` raises it, too
+        with self._recording, contextlib.suppress(ConfigError):  # `record` raises it, too
             step = self._reached
             if self._add(step, False):
                 self._step = step
@@ -121,8 +125,7 @@ class GoodputLog:
             row = {name: round(s, 3) for name, s in row.items() if s >= 0.001 or name == "start"}
             row = {"step": step, **row}
             self.tally.add(row)
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._file.write(row)
         return True
 
     def row(self) -> dict[str, float]:

@@ -1,11 +1,18 @@
-"""History of a run: a row of `history.jsonl` for each start, phase and rollback."""
+"""History of a run: a row of `history.jsonl` for each start, phase and rollback.
 
+Also how rows of its JSONL files are read and appended.
+"""
+
+import contextlib
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
+from vlm._json import to_json
 from vlm.errors import brief
+from vlm.paths import as_config_error, replace_text
 
 FILE = "history.jsonl"
 
@@ -19,6 +26,39 @@ def read_rows(file: epath.Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
+
+
+class RowWriter:
+    """Appends rows to a JSONL file on a disk, which starts with `rows`.
+
+    Raises:
+        ConfigError: the file cannot be written, for example on a full disk.
+    """
+
+    def __init__(self, file: epath.Path, rows: Iterable[Mapping[str, Any]]):
+        self._file = file
+        with self._errors():
+            replace_text(file, _lines(rows))
+            self._open_file = file.open("a")
+
+    def write(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows, which readers see at once."""
+        with self._errors():
+            self._open_file.write(_lines(rows))
+            self._open_file.flush()
+
+    def close(self) -> None:
+        """Close the file; `write` has raised the errors of its rows."""
+        with contextlib.suppress(OSError):
+            self._open_file.close()
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        fix = "make it writable or free disk space, and resume the run"
+        return as_config_error(f"{self._file} cannot be written", fix)
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(to_json(row) + "\n" for row in rows)
 
 
 def read_history(folder: epath.Path) -> list[dict[str, Any]]:

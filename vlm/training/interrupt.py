@@ -1,5 +1,6 @@
 """Stop a run early on Ctrl-C, SIGTERM, a closed terminal or a cluster's preemption notice."""
 
+import itertools
 import os
 import signal
 import time
@@ -13,6 +14,11 @@ from vlm.training.console import drop_output
 # Seconds between a preemption notice and the shutdown: 30 on Google Cloud and, unless
 # terminationGracePeriodSeconds is set, in Kubernetes.
 SHUTDOWN_GRACE = environment("VLM_SHUTDOWN_GRACE", "VLM_GRACE", 30)
+
+# Numbers of the calls that ask JAX for a stop. JAX stops at the first number after those that the
+# processes have asked for when the notice comes, and compares it for equality. So they rise by one
+# from 1: a notice that comes before the first call would be lost if that had the number of a step.
+_CALLS = itertools.count(1)
 
 
 class Interrupted:
@@ -52,11 +58,11 @@ class Interrupted:
         """Ask the run to stop, as SIGTERM does; one process is enough."""
         self._ask(signal.SIGTERM, None)
 
-    def at(self, step: int) -> bool:
-        """Whether to stop before `step`. All processes call it at each step, with equal results."""
+    def is_due(self) -> bool:
+        """Whether to stop now. All processes call it before each step, with equal results."""
         if self._single_process:
             return self._asked is not None
-        stop = multihost_utils.reached_preemption_sync_point(step)
+        stop = multihost_utils.reached_preemption_sync_point(next(_CALLS))
         if stop and self._asked is None:
             self._asked = time.monotonic()
         return stop

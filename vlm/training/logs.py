@@ -1,13 +1,12 @@
 """Logs of a run: console line, JSONL file, TensorBoard, and profiles of chosen steps."""
 
 import time
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vlm._json import to_json
 from vlm.callbacks import Divergence, in_notebook
 from vlm.callbacks.tensorboard import EventWriter
 from vlm.chips import published_rate
@@ -18,12 +17,11 @@ from vlm.data.faults import BadSamples
 from vlm.display import clock
 from vlm.errors import TrainingError
 from vlm.models.flops import PAIRS_ALONE, Supervision, model_flops
-from vlm.paths import replace_text
 from vlm.training.bucket_sync import BucketSync
 from vlm.training.console import console, log, output_may_close
 from vlm.training.divergence import DivergenceMonitor
 from vlm.training.goodput_log import GoodputLog
-from vlm.training.history import read_rows
+from vlm.training.history import RowWriter, read_rows
 from vlm.training.memory_use import memory_row
 from vlm.training.resolution import image_size_at
 from vlm.training.run import Run
@@ -66,7 +64,7 @@ class Logs:
         experiment = experiment or run.experiment
         self.set_phase(experiment, first_step)
         self._primary = jax.process_index() == 0
-        self._file: IO[str] | None = None
+        self._file: RowWriter | None = None
         self._board: Any = None
         self._seconds_before = 0.0  # seconds before the run was resumed
         if self._primary:
@@ -203,9 +201,7 @@ class Logs:
     def _open(self, rows: list[dict[str, Any]], step: int) -> None:
         """Open the files to go on after `step`, with only the rows up to it."""
         rows = [row for row in rows if row["step"] <= step]
-        file = self._sync.local / self._run.log.name
-        replace_text(file, "".join(to_json(row) + "\n" for row in rows))
-        self._file = file.open("a")
+        self._file = RowWriter(self._sync.local / self._run.log.name, rows)
         phases = range(len(self._run.experiment.phases) + 1)
         if any(in_phase(self._run.experiment, number).selection for number in phases):
             self._counts = ExampleCounts(self._experiment, rows, step)
@@ -288,8 +284,7 @@ class Logs:
         """Append rows to the JSONL file and to TensorBoard, and pass them to the callbacks."""
         if self._file is None or not rows:
             return
-        self._file.writelines(to_json(row) + "\n" for row in rows)
-        self._file.flush()
+        self._file.write(*rows)
         for row in rows:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):

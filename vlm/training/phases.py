@@ -167,15 +167,14 @@ class RunPhases:
             for change in changes_between(before, self.experiment)
             if not change.name.startswith("phases")
         }
-        data = self.batches.position_change
-        self._run.record_phase(self.number, step, total, changes, data)
+        self._run.record_phase(self.number, step, total, changes, self.batches.history)
         log.info(f"phase {self.number} of {self.count} from step {step:,} on")
         for name, (old, new) in changes.items():
             log.info(f"{name} is {brief(new)} from now on; it was {brief(old)}")
         if self._phase.restart_schedule:
             log.info("the schedule of the learning rate starts again")
-        if data:
-            log.info(f"the data {data}")
+        if self.batches.position_change:
+            log.info(f"the data {self.batches.position_change}")
         return state
 
     def rows(self, total: int, step: int) -> Iterator[str]:
@@ -264,6 +263,12 @@ class RunPhases:
         if not run.changes or not number:
             return
         phases = run.experiment.phases[:number]
+        for n, (old, new) in enumerate(zip(run.before.phases, phases, strict=False), 1):
+            if old.begin != new.begin:
+                raise ConfigError(
+                    f"phase {n} has begun at {old.begin}, and --phases has one at {new.begin} in "
+                    "its place: give the phases that have begun, too"
+                )
         if number <= len(run.before.phases):
             before = in_phase(run.before, number)
             check_transition(before, in_phase(run.experiment, number), "a resumed run", begun=True)

@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,7 +108,8 @@ class Run:
     def for_devices(self, experiment: Experiment) -> Experiment:
         """Return an experiment of the run for the devices of this start, which may be fewer."""
         before, now = self._devices, jax.device_count()
-        return experiment if before is None else fitted(experiment, before, now)
+        tpu = jax.default_backend() == "tpu"
+        return experiment if before is None else fitted(experiment, before, now, tpu=tpu)
 
     def report_fitted(self, experiment: Experiment) -> None:
         """Log the changes of `for_devices`, and add them to the next row of the history."""
@@ -120,10 +121,10 @@ class Run:
                 f"the {self._devices} that the config was chosen for"
             )
 
-    def record_start(self, step: int, total: int, data: str = "") -> None:
+    def record_start(self, step: int, total: int, data: Mapping[str, Any] | None = None) -> None:
         """Append a line to the history: one for every start, with the changed fields.
 
-        `data` is what the changes did to the position in the data.
+        `data` are the columns of the data.
         """
         if jax.process_index() != 0:
             return
@@ -132,7 +133,12 @@ class Run:
         self._add_to_history(step, total, self.changes, data)
 
     def record_phase(
-        self, number: int, step: int, total: int, changes: dict[str, list[Any]], data: str
+        self,
+        number: int,
+        step: int,
+        total: int,
+        changes: dict[str, list[Any]],
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         """Append a line to the history: the begin of a phase, with its changed fields."""
         if jax.process_index() == 0:
@@ -143,10 +149,15 @@ class Run:
         names = ("rollbacks", "left", "reason", "skipped")
         row = {name: rollback[name] for name in names}
         if jax.process_index() == 0 and row not in [r.get("rollback") for r in self.starts()]:
-            self._add_to_history(rollback["step"], rollback["total"], {}, "", rollback=row)
+            self._add_to_history(rollback["step"], rollback["total"], {}, None, rollback=row)
 
     def _add_to_history(
-        self, step: int, total: int, changes: dict[str, list[Any]], data: str, **more: Any
+        self,
+        step: int,
+        total: int,
+        changes: dict[str, list[Any]],
+        data: Mapping[str, Any] | None,
+        **more: Any,
     ) -> None:
         row = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -154,7 +165,7 @@ class Run:
             "step": step,
             "total_steps": total,
             "changes": changes,
-            **({"data": data} if data else {}),
+            **(data or {}),
             **({"fitted": self.fitted} if self.fitted else {}),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(),

@@ -86,10 +86,12 @@ class RunCallbacks:
                 self._callbacks.remove(callback)
                 reason = first_line(error)
                 self._error = self._error or error
+                again = f"resume the run in {self._run.folder}, whose checkpoints are kept"
+                if method == "on_start" and not self._run.resumed:  # its files are removed
+                    again = "start the run again"
                 self._failure = self._failure or (
                     f"the callback {type(callback).__name__} failed in {method} with "
-                    f"{type(error).__name__}: {reason}: fix it, and resume the run in "
-                    f"{self._run.folder}, whose checkpoints are kept"
+                    f"{type(error).__name__}: {reason}: fix it, and {again}"
                 )
                 self._stop()
 

@@ -130,6 +130,7 @@ class Trainer:
         self.step_graph, self.gathered_at_once = self._for_training(model)
         replicated_sharding = replicated(mesh)
         self.init = jax.jit(self._init, out_shardings=self.state_shardings)
+        self.step_at = functools.cache(self._step_at)  # freed with the trainer
         self.step = self.step_at(experiment.model.vision.image_size)
         self.embed_images = jax.jit(self._embed_images, out_shardings=replicated_sharding)
         self.embed_texts = jax.jit(self._embed_texts, out_shardings=replicated_sharding)
@@ -173,8 +174,7 @@ class Trainer:
         assert not isinstance(self.teacher, DescribedTeacher)  # it has no weights
         return placed if self.teacher is None else self.teacher(placed)
 
-    @functools.cache  # noqa: B019 (a trainer lives as long as its run)
-    def step_at(self, image_size: int):
+    def _step_at(self, image_size: int):
         """Return `step` for images shrunk to `image_size` pixels: one program for each size."""
         replicated_sharding = replicated(self.mesh)
         return jax.jit(
