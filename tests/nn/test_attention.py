@@ -116,10 +116,16 @@ def test_long_sequences_by_flash_attention(d, causal, masked):
         assert np.abs(got - want).max() <= 2 * np.abs(other - want).max() + 1e-3
 
 
-def test_a_text_of_padding_alone_is_finite():
+@pytest.mark.parametrize("causal", [False, True])
+def test_queries_without_a_key_are_those_of_the_written_out_form(causal):
+    """Of a text of padding alone; with causal attention, also before a text padded on its left."""
     *x, _ = arrays(2, 16, 2, 64)
-    found = with_gradients(interpreted, *x, jnp.zeros((2, 1, 1, 16), bool))
-    assert all(np.isfinite(a).all() for a in found)
+    mask = jnp.arange(16) >= jnp.array([16, 5])[:, None, None, None]
+    found = with_gradients(interpreted, *x, mask, causal=causal)
+    wanted = with_gradients(functools.partial(attend_in_parts, causal=causal), *x, mask)
+    assert np.all(found[1][0] == 0)
+    for want, got in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(got, want, atol=0.04)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -200,13 +206,13 @@ def test_on_this_machine_the_form_of_a_cpu_runs_whatever_else_was_traced():
     )
 
 
-def test_a_keys_bias_has_no_gradient_but_where_keys_turn():
+def test_a_keys_bias_has_no_gradient_but_where_keys_turn_or_logits_are_capped():
     """It adds one number to all logits of a query, so its gradient could only be rounding."""
-    attention = Attention(16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(attention)
     x = jax.random.normal(jax.random.key(1), (2, 4, 16))
 
-    def largest(rotation):
+    def largest(rotation, **options):
+        attention = Attention(16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0), **options)
+        graph, state = nnx.split(attention)
         total = jax.grad(lambda s: (nnx.merge(graph, s)(x, rotation=rotation) ** 3).sum())(state)
         return {
             name: float(jnp.abs(total[name]["bias"][...]).max())
@@ -214,8 +220,9 @@ def test_a_keys_bias_has_no_gradient_but_where_keys_turn():
         }
 
     plain, turned = largest(None), largest(grid_rotation(2, 8, first=0, before=0))
+    capped = largest(None, softcap=0.1)
     assert plain["key"] == 0
-    assert min(plain["query"], plain["value"], *turned.values()) > 1e-3
+    assert min(plain["query"], plain["value"], *turned.values(), *capped.values()) > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(2, 300, 6, 8), (1, 1100, 2, 8)])  # groups of heads; queries

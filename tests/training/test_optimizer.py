@@ -12,7 +12,7 @@ import pytest
 
 from vlm.config import OptimizerConfig
 from vlm.errors import ConfigError
-from vlm.sharding import path_names
+from vlm.sharding import is_stacked, path_names
 from vlm.training.optimizer import decay_mask, learning_rate, make_optimizer
 
 KEY = jax.random.key(0)
@@ -265,6 +265,31 @@ def test_adafactor_keeps_its_momentum_in_bfloat16():
     assert {(2, 32), (2, 64)} <= shapes
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_stacks_of_different_depths_are_updated_as_alone(name):
+    """As in towers with stages. Kernels of convolutions are no matrices for Muon."""
+    shapes = {"mlp/up/kernel": (32, 64), "conv/kernel": (7, 7, 1, 32), "norm/scale": (32,)}
+    stages = {
+        str(number): {
+            f"stages/{number}/blocks/{parameter}": (depth, *shape)
+            for parameter, shape in shapes.items()
+        }
+        for number, depth in enumerate((1, 3))
+    }
+    rule = make_optimizer(OptimizerConfig(name=name, weight_decay=0.0, clip_norm=None))
+
+    def updates(stages: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+        params = names_to({f"vision/{parameter}": shape for parameter, shape in stages.items()})
+        gradient = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape), params)
+        return by_name(rule.update(gradient, rule.init(params), params)[0])
+
+    alone = updates(stages["0"]) | updates(stages["1"])
+    together = updates(stages["0"] | stages["1"])
+    assert together.keys() == alone.keys()
+    for parameter, update in together.items():
+        np.testing.assert_allclose(update, alone[parameter], atol=1e-4, err_msg=parameter)
+
+
 def test_clipping_bounds_the_gradient_of_the_whole_model():
     params = parameters()
     gradient = jax.tree.map(lambda x: 100 * x, params)
@@ -336,16 +361,32 @@ EFFICIENTNET = {
     "stages/0/blocks/conv/kernel": (4, 3), "stages/1/first/expand/kernel": 2,
     "stages/1/blocks/conv_norm/scale": (1,), "projection/kernel": 0,
 }  # fmt: skip
+GROUPVIT = {
+    "stem/kernel": 5, "stem_norm/scale": 5, "position": 5,
+    "stages/0/transformer/blocks/attention/query/kernel": (4, 3), "stages/0/groups": 4,
+    "stages/1/transformer/blocks/mlp/up/bias": (2, 1), "norm/scale": 0, "projection/kernel": 0,
+}  # fmt: skip
+DINO_TXT = {
+    "stem/kernel": 3, "class_token": 3, "position": 3, "registers": 3, "pre_norm/scale": 3,
+    "transformer/blocks/mlp/up/bias": (2, 1), "norm/scale": 0, "head/blocks/mlp/up/bias": (0, 0),
+    "head_norm/scale": 0, "pooler/kernel": 0, "pool/blocks/0/mlp/up/bias": 0,
+    "projection/kernel": 0,
+}  # fmt: skip
+X_CLIP = {
+    "stem/kernel": 3, "position": 3, "blocks/block/attention/query/kernel": (2, 1),
+    "patch_norm/scale": 0, "frame_position": 0, "frame_transformer/blocks/mlp/up/bias": (0, 0),
+}  # fmt: skip
 TOWERS = {
-    "resnet": RESNET, "fastvit": FASTVIT, "convnext": CONVNEXT, "vitamin": VITAMIN,
-    "efficientnet": EFFICIENTNET,
+    "groupvit": GROUPVIT, "dino_txt": DINO_TXT, "x_clip": X_CLIP, "resnet": RESNET,
+    "fastvit": FASTVIT, "convnext": CONVNEXT, "vitamin": VITAMIN, "efficientnet": EFFICIENTNET,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("tower", TOWERS.values(), ids=TOWERS)
 def test_lower_layers_of_a_convolutional_tower_learn_more_slowly(tower):
     text = {"text/transformer/blocks/mlp/up/bias": (3, 2), "text/embedding": (2, 2)}
-    depth = {name: np.size(power) if "blocks" in name else 2 for name, power in tower.items()}
+    stacks = {name for name in tower if is_stacked(name.split("/"))}
+    depth = {name: np.size(power) if name in stacks else 2 for name, power in tower.items()}
     ones = names_to({f"vision/{name}": (rows, 2) for name, rows in depth.items()} | text)
     rule = make_optimizer(OptimizerConfig(name="lion", weight_decay=0, layer_decay=0.5))
     got = by_name(rule.update(ones, rule.init(ones), ones)[0])

@@ -211,12 +211,13 @@ class Attention(nnx.Module):
         context = x if context is None else context
         # A key bias adds a constant to all logits of a query, so it cancels in the softmax. Its
         # gradient is rounding noise, which Adafactor and Lion would scale up, so it gets none.
-        # With rotary positions or a norm of the keys, the key bias does matter.
+        # With rotary positions, a norm of the keys or a soft cap, the key bias does matter.
+        cancels = rotation is None and self.key_norm is None and self.softcap is None
         query, key, value = (
             checkpoint_name(linear(layer, tokens, fixed_bias=fixed), PROJECTED)
             for layer, tokens, fixed in (
                 (self.query, x, False),
-                (self.key, context, rotation is None and self.key_norm is None),
+                (self.key, context, cancels),
                 (self.value, context, False),
             )
         )

@@ -134,7 +134,7 @@ def _forward(form: _Form, query, key, value, keep) -> jax.Array:
     def one_head(q, k, v, keep):
         out = []
         for block in _blocks(len(q)):
-            powers, total = _softmax(form, q, k, keep, block)
+            powers, total, _ = _softmax(form, q, k, keep, block)
             out.append(_dot(powers.astype(v.dtype), v, 1, 0) / total)
         return (jnp.concatenate(out),)
 
@@ -145,12 +145,12 @@ def _backward(form: _Form, query, key, value, keep, gradient):
     def one_head(q, k, v, g, keep):
         d_query, d_key, d_value = [], 0.0, 0.0
         for block in _blocks(len(q)):
-            powers, total = _softmax(form, q, k, keep, block)
+            powers, total, scale = _softmax(form, q, k, keep, block)
             weights = powers / total
             d_value += _dot(weights.astype(g.dtype), g[block], 0, 0)
             d_weights = _dot(g[block], v, 1, 1)
             mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
-            d_logits = (weights * (d_weights - mean) * form.scale).astype(q.dtype)
+            d_logits = (weights * (d_weights - mean) * scale).astype(q.dtype)
             d_query.append(_dot(d_logits, k, 1, 0))
             d_key += _dot(d_logits, q[block], 0, 0)
         return jnp.concatenate(d_query), d_key, d_value
@@ -170,7 +170,10 @@ def _rows(n: int) -> int:
 
 
 def _softmax(form: _Form, q, k, keep, block: slice):
-    """Compute exp(logits - max) of a block of queries and its row sums, in float32."""
+    """Compute exp(logits - max) of a block of queries, its row sums, and the scale of gradients.
+
+    In float32. That of a query without a key is 0: its logits do not depend on query and keys.
+    """
     logits = _dot(q[block], k, 1, 1) * form.scale
     least = jnp.finfo(jnp.float32).min
     if form.causal:
@@ -178,8 +181,9 @@ def _softmax(form: _Form, q, k, keep, block: slice):
         logits = jnp.where(block.start + rows >= columns, logits, least)
     if keep is not None:
         logits = jnp.where(keep > 0, logits, least)
-    powers = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers, powers.sum(axis=-1, keepdims=True)
+    most = logits.max(axis=-1, keepdims=True)
+    powers = jnp.exp(logits - most)
+    return powers, powers.sum(axis=-1, keepdims=True), jnp.where(most > least, form.scale, 0.0)
 
 
 def _dot(x, y, x_axis: int, y_axis: int):

@@ -229,15 +229,32 @@ def _factored_rms(cap: float) -> optax.GradientTransformation:
         decay_rate=0.8, min_dim_size_to_factor=32, decay_rate_fn=decay
     )
 
-    def stack_of(params):
-        def name(path, _):
+    def parts(params: Any) -> optax.GradientTransformationExtraArgs:
+        """Return the rule for each stack, which has a depth of its own, and for the rest."""
+        stacks: dict[str, set[str]] = {"vision": set(), "text": set()}
+        for path, _ in jax.tree_util.tree_leaves_with_path(params):
+            if is_stacked(names := path_names(path)):
+                stacks[names[0]].add(_stack(names))
+
+        def label(path, _):
             names = path_names(path)
-            return names[0] if is_stacked(names) else "alone"
+            if not is_stacked(names):
+                return "alone"
+            return names[0] if len(stacks[names[0]]) == 1 else _stack(names)
 
-        return jax.tree_util.tree_map_with_path(name, params)
+        labels = jax.tree_util.tree_map_with_path(label, params)
+        names = {"vision", "text", *jax.tree.leaves(labels)} - {"alone"}
+        return optax.partition({"alone": rule} | dict.fromkeys(names, _by_layer(rule)), labels)
 
-    stacked = _by_layer(rule)
-    return optax.partition({"alone": rule, "vision": stacked, "text": stacked}, stack_of)
+    def update(updates, state, params=None):
+        return parts(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(lambda params: parts(params).init(params), update)
+
+
+def _stack(names: tuple[str, ...]) -> str:
+    """Return the name of the stack of blocks that a parameter is in."""
+    return "/".join(names[: names.index("blocks") + 1])
 
 
 def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -257,7 +274,7 @@ def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformatio
 def _matrix_axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
     """Return the axes of a hidden matrix; None for other parameters."""
     names = path_names(path)
-    if not is_stacked(names) or names[-1] != "kernel":
+    if not is_stacked(names) or names[-1] != "kernel" or x.ndim > 4:  # of a convolution
         return None
     if names[-2] == "out":  # (layer, heads, head_dim, width)
         return optax.contrib.MuonDimensionNumbers((1, 2), (3,))
@@ -315,19 +332,20 @@ def _decay_by_name(strength: float, decays: Factors, mask: Any) -> optax.Gradien
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
     """Scale the updates of block i of n by decay^(n - i), of layers below by decay^(n + 1).
 
-    Layers after the blocks are not scaled (arXiv:2003.10555, arXiv:2106.08254). The blocks of a
-    convolutional tower are counted through all of its stages; in ViTamin those of the stages come
-    before those of the transformer.
+    Layers after the blocks are not scaled (arXiv:2003.10555, arXiv:2106.08254), such as blocks of a
+    head. The blocks of a tower with stages are counted through all of them; in ViTamin those of the
+    stages come before those of the transformer.
     """
 
     def update(updates, _):
         blocks: dict[str, set[Block]] = {}
-        staged = set()
+        attending = set()  # towers whose positions are those of tokens, and not of a pool
         for path, x in jax.tree_util.tree_leaves_with_path(updates):
             names = path_names(path)
-            blocks.setdefault(names[0], set()).update(_blocks(names, x.shape))
-            if names[1:2] == ("stages",):
-                staged.add(names[0])
+            own = _blocks(names, x.shape)
+            blocks.setdefault(names[0], set()).update(own)
+            if own and {"attention", "transformer"} & {*names}:
+                attending.add(names[0])
         order = {tower: sorted(own) for tower, own in blocks.items()}
 
         def scale(path, x):
@@ -341,9 +359,10 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
                 if "blocks" not in names:
                     return x * factors[0]
                 return x * jnp.array(factors, x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-            if _is_above_blocks(names, stages=names[0] in staged):
-                return x
-            return x * decay ** (len(all_blocks) + 1)
+            below = names[1:2] == ("position",) and names[0] in attending
+            if below or _is_below_blocks(names):
+                return x * decay ** (len(all_blocks) + 1)
+            return x
 
         return jax.tree_util.tree_map_with_path(scale, updates)
 
@@ -363,7 +382,9 @@ def _blocks(names: tuple[str, ...], shape: tuple[int, ...]) -> list[Block]:
 
     The first layers of a stage belong to its first block.
     """
-    section = int(names[1:2] != ("stem",))
+    if not {*names[1:2]} & {"stem", "stages", "transformer", "blocks"}:
+        return []
+    section = int(names[1] != "stem")
     if section == 0 and names[2].startswith("last"):
         return [Block(1)]  # ViTamin: between stages and transformer
     numbers = [0]
@@ -376,9 +397,9 @@ def _blocks(names: tuple[str, ...], shape: tuple[int, ...]) -> list[Block]:
     return [Block(section, *numbers[:2])] if "stages" in names else []
 
 
-def _is_above_blocks(names: tuple[str, ...], *, stages: bool) -> bool:
-    if names[0] not in ("vision", "text"):  # logit scale and bias, heads
-        return True
-    if stages:  # only the stem is below; a ResNet's positions belong to its pool
-        return not names[1].startswith("stem")
-    return names[1] in ("norm", "pool", "projection")
+def _is_below_blocks(names: tuple[str, ...]) -> bool:
+    """Whether a parameter is below the blocks of its tower, in any tower that has its name."""
+    first = ("embedding", "embedding_norm", "class_token", "registers", "pre_norm")
+    return names[0] in ("vision", "text") and (
+        names[1].startswith("stem") or names[1] in (*first, "relative_position_bias")
+    )
