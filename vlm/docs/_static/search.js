@@ -1,10 +1,13 @@
 // The search page: Pagefind's index of the site, which the build wrote beside the pages.
 const SHOWN = 20;
 
-/** Return Pagefind's results, the best first; if no page has all words, those of the single words. */
+/**
+ * Return Pagefind's results, the best first; those of the single words if no page has all of them,
+ * or one page alone, which may be a list of all names.
+ */
 export async function find(pagefind, query) {
   const { results } = await pagefind.search(query);
-  if (results.length) return results;
+  if (results.length > 1) return results;
   const found = new Map();
   for (const word of new Set(query.toLowerCase().match(/[\p{L}\p{N}_.-]+/gu) ?? [])) {
     const pages = (await pagefind.search(word)).results;
