@@ -29,7 +29,7 @@ def test_each_section_names_its_command():
 @pytest.mark.slow
 def test_the_plans_run(monkeypatch):
     rows = re.findall(r"^\| `(configs/\S+) (--topology [^`]+)`", PAGE, re.MULTILINE)
-    assert len(rows) >= 4
+    assert len(rows) >= 2
     (sweep,) = re.findall(r"`vlm plan (\S+ --sweep [^`]+)`", PAGE)
     monkeypatch.chdir(ROOT)
     for options in [*map(" ".join, rows), " ".join(sweep.split())]:
