@@ -3,9 +3,13 @@
 import bisect
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import experiment
 
+from vlm.errors import ConfigError
+from vlm.planning import plan
 from vlm.planning.batch import search
 
 
@@ -54,3 +58,12 @@ def test_nothing_fits():
     found, tried = search(lambda n: (2.0 + n, False), 64, 1.0, calls=20)
     assert found is None
     assert min(n for n, _, _ in tried) == 1
+
+
+def test_the_largest_batch_of_a_gpu_is_estimated():
+    made = plan(experiment(512), "l4:1", largest=True)
+    assert made.largest is not None
+    assert made.largest.basis == made.to_dict()["largest_batch"]["basis"] == "analytic"
+    assert 0.9 * made.memory.limit < made.largest.peak <= made.memory.limit
+    with pytest.raises(ConfigError, match="leave --largest-batch out"):
+        plan(experiment(512), "cpu:1", largest=True)

@@ -1,6 +1,7 @@
 """Names of slices and meshes: what is known is understood, what is not is named."""
 
 import importlib.util
+import os
 
 import pytest
 from small import experiment
@@ -154,3 +155,14 @@ def test_the_slice_that_devices_form(name):
     topology = parse_topology(name)
     found = local_topology(topology_devices(topology))
     assert (found.name, found.chips, found.slices) == (name, topology.chips, topology.slices)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="extra `tpu`")
+def test_describing_a_slice_leaves_the_environment_as_it_is(monkeypatch):
+    names = ("TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "ALLOW_MULTIPLE_LIBTPU_LOAD")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "true")
+    topology_devices(parse_topology("v5e:2x2"))
+    assert [name for name in names if name in os.environ] == []
+    assert os.environ["TPU_SKIP_MDS_QUERY"] == "true"

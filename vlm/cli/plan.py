@@ -23,7 +23,7 @@ def plan(
     scan: bool | None = None,
     largest_batch: bool = False,
     sweep: bool = False,
-    compiles: int = 4,
+    compiles: int | None = None,
     calibration: str | None = None,
     price: float | None = None,
     json: options.Json = False,
@@ -52,10 +52,11 @@ def plan(
         remat: rematerialisation policy. Several with --sweep. Default: the config's.
         scan: compile the blocks as a loop over one of them, which takes less time. Default: the
             config's.
-        largest_batch: also search for the largest batch that fits; it compiles several times.
+        largest_batch: also search for the largest batch that fits; for TPUs it compiles several
+            times.
         sweep: compare all combinations in one table.
-        compiles: number of the best rows of a sweep to compile; the others are estimated
-            analytically.
+        compiles: number of the best rows of a sweep to compile, by default 4; the others are
+            estimated analytically.
         calibration: file of step times measured on this kind of chip, by vlm bench train --save.
         price: price of one chip for an hour, to estimate the cost of the run.
     """
@@ -70,6 +71,25 @@ def plan(
 
     if price is not None and not 0 <= price < float("inf"):
         raise UsageError(f"--price {price} is invalid: give at least 0, per chip-hour")
+    if batch_per_chip is not None and batch_per_chip < 1:
+        raise UsageError(f"--batch-per-chip {batch_per_chip} is invalid: give at least 1")
+    if batch_per_chip and batch_size is not None:
+        raise UsageError(
+            f"--batch-size {batch_size} and --batch-per-chip {batch_per_chip} both set the global "
+            "batch: leave one of them out"
+        )
+    if sweep and largest_batch:
+        raise UsageError(
+            "--sweep does not search for the largest batch: leave --largest-batch out, or plan one "
+            "slice without --sweep"
+        )
+    if sweep and batch_per_chip and micro_batch_size is not None:
+        raise UsageError(
+            "--sweep with --batch-per-chip plans batches without micro-batches: leave "
+            "--micro-batch-size out, or give --batch-size in place of --batch-per-chip"
+        )
+    if compiles is not None and not sweep:
+        raise UsageError("--compiles is for the rows of a sweep: leave it out, or add --sweep")
     experiment = load_config(config)
     console = Console(stderr=json)
     if not console.is_terminal:
@@ -82,7 +102,7 @@ def plan(
                 )
     given = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "scan": scan}
     changes: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
-    if batch_per_chip and not sweep:
+    if batch_per_chip is not None and not sweep:
         changes["batch_size"] = batch_per_chip * parse_topology(topology[0]).chips
     if remat and not sweep:
         changes["remat"] = remat[0]
@@ -90,12 +110,14 @@ def plan(
     if sweep and experiment.phases:
         raise UsageError("--sweep compares runs of one phase: plan this config without --sweep")
     if sweep:
+        chosen: dict[str, Any] = {"remats": remat} if remat else {}
+        if compiles is not None:
+            chosen["compiles"] = compiles
         plans = compare(
             experiment,
             topology,
             mesh,
-            **({"remats": remat} if remat else {}),
-            compiles=compiles,
+            **chosen,
             batch_per_chip=batch_per_chip,
             calibration=calibration,
             report=print_status,

@@ -12,9 +12,16 @@ utilisation (Chowdhery et al., 2022, arXiv:2204.02311, appendix B), counts the f
 The compiler's own count is of no use here: it sees the body of a loop over layers once.
 """
 
+import functools
+import re
 from dataclasses import dataclass
 
-from vlm.config import DistillConfig, Experiment, ModelConfig, SelectionConfig
+from flax import nnx
+
+from vlm.config import AdapterConfig, DistillConfig, Experiment, ModelConfig, SelectionConfig
+from vlm.models import adapters
+from vlm.models.dual_encoder import DualEncoder
+from vlm.models.modules import constants
 from vlm.models.towers import text_flops, vision_flops
 from vlm.nn.remat import recomputed_share
 
@@ -129,20 +136,51 @@ def _selection_flops(e: Experiment, config: SelectionConfig, width: int) -> dict
     return parts
 
 
-def _backward_passes(e: Experiment, tower: str, part: str) -> int:
-    """Ratio of a part's backward to forward FLOPs: 1 for inputs plus 1 for kernels."""
+def has_backward(experiment: Experiment, tower: str) -> bool:
+    """Whether the backward pass of a step enters a tower: it has trained parameters.
+
+    It has none if it is locked, if `freeze` names all of them, or if an adapter is elsewhere.
+    """
+    e = experiment
     if e.lock == tower:
+        return False
+    if not e.freeze and e.adapter is None:
+        return True
+    frozen = [re.compile(pattern) for pattern in e.freeze]
+    return any(
+        name.startswith(f"{tower}/") and not any(pattern.fullmatch(name) for pattern in frozen)
+        for name in _trainable(e.model, e.adapter)
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _trainable(model: ModelConfig, adapter: AdapterConfig | None) -> tuple[str, ...]:
+    """Names of the parameters that a step trains, without `lock` and `freeze`."""
+
+    def build() -> DualEncoder:
+        encoder = DualEncoder(model, rngs=nnx.Rngs(0))
+        return encoder if adapter is None else adapters.prepared(encoder, adapter, 0)
+
+    encoder = nnx.eval_shape(build)
+    paths = {tuple(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(encoder))}
+    paths -= constants(encoder)
+    if adapter is not None:
+        paths = filter(adapters.is_trained, paths)
+    return tuple(sorted("/".join(path) for path in paths))
+
+
+def _backward_passes(e: Experiment, tower: str, part: str) -> int:
+    """Ratio of a part's backward to forward FLOPs: 1 for inputs plus 1 for kernels.
+
+    A tower that `freeze` names in part counts like one that is trained: an upper bound.
+    """
+    if not has_backward(e, tower):
         return 0
     passes = 2
     if part == "stem" and getattr(e.model.vision, "stem", None) == "linear":
         passes = 1  # pixels need no gradient
-    if e.adapter is None:
-        return passes
-    # Frozen kernels need none; LoRA factors add about a percent, which is ignored.
-    other = {"vision": "text.", "text": "vision."}[tower]
-    targets = e.adapter.targets
-    adapted = not targets or any(not pattern.startswith(other) for pattern in targets)
-    return passes - 1 if adapted else 0
+    # With an adapter, kernels need none; LoRA factors add about a percent, which is ignored.
+    return passes if e.adapter is None else passes - 1
 
 
 def model_flops(experiment: Experiment, supervision: Supervision = PAIRS_ALONE) -> float:

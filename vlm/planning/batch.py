@@ -4,13 +4,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from vlm.config import Experiment
 from vlm.errors import ConfigError
-from vlm.planning.compile import CompiledStep, compile_step
+from vlm.planning.analytic import analytic_memory
+from vlm.planning.compile import CompiledStep, StateBytes, compile_step
 from vlm.planning.topology import Topology
 from vlm.sharding import batch_ways
 
@@ -26,30 +27,37 @@ class LargestBatch:
     remat: str
     peak: float
     tried: tuple[tuple[int, float, bool], ...]  # (batch, bytes per device, whether it fits)
+    basis: Literal["compiled", "analytic"] = "compiled"
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"basis": "compiled", "tried": list(self.tried)}
+        return dataclasses.asdict(self) | {"tried": list(self.tried)}
 
 
 def largest_batch(
-    experiment: Experiment, topology: Topology, mesh: Mesh, limit: float | None, compiles: int = 5
-) -> LargestBatch | None:
+    experiment: Experiment,
+    topology: Topology,
+    mesh: Mesh | AbstractMesh,
+    state: StateBytes,
+    limit: float,
+    compiles: int = 5,
+) -> LargestBatch:
     """Search for the largest batch with full rematerialisation, which allows the most.
 
     Memory is close to linear in the batch, so the next guess is on the line through two earlier
-    tries. Returns None for devices of unknown memory.
+    tries. Without devices to compile for, memory is estimated.
 
     Raises:
         ConfigError: not even the smallest batch fits.
     """
-    if limit is None:
-        return None
     unit = batch_ways(mesh) * ROWS
 
     def peak(units: int) -> tuple[float, bool]:
         e = dataclasses.replace(
             experiment, batch_size=units * unit, micro_batch_size=None, remat="full"
         )
+        if isinstance(mesh, AbstractMesh):
+            estimate = analytic_memory(e, topology.chip, state, dict(mesh.shape)).peak
+            return estimate, estimate <= limit
         step = compile_step(e, mesh)
         if isinstance(step, CompiledStep):
             return step.peak, step.peak <= limit
@@ -65,9 +73,9 @@ def largest_batch(
             "--mesh fsdp=N, choose chips with more memory, or a smaller model"
         )
     largest = {t[0]: t for t in tried}[units]
-    return LargestBatch(
-        units * unit, "full", largest[1], tuple((u * unit, p, fits) for u, p, fits in tried)
-    )
+    basis = "analytic" if isinstance(mesh, AbstractMesh) else "compiled"
+    all_tried = tuple((u * unit, p, fits) for u, p, fits in tried)
+    return LargestBatch(units * unit, "full", largest[1], all_tried, basis)
 
 
 def search(

@@ -23,6 +23,10 @@ BETWEEN_SLICES = {
 # Calls in the first and the last of the fusions that one collective is spread over.
 STARTS, ENDS = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
+# Attention maps its own kernel over devices where XLA partitions the towers: on meshes with tensor.
+# It chooses the kernel by platform, and the loss does not.
+ATTENTION = re.compile(r"/branch_\d+_fun/shard_map\b")
+
 LOSS_RING, LOSS_SUMS, SELECTION = "loss ring", "loss sums", "selection of pairs"
 GRADIENTS, FSDP = "gradient reduction", "FSDP gathers"
 TENSOR, ACTIVATIONS, NORMS = "tensor-parallel sums", "activations", "norms and metrics"
@@ -134,7 +138,8 @@ def _traffic(kind: str, operand: float, group: int) -> tuple[float, float]:
 
 def in_loss(op_name: str) -> bool:
     """Whether an operation is mapped over devices, and not one of a tower."""
-    return "shard_map" in op_name and f"/{PER_BATCH_SHARD}/" not in op_name
+    mapped = "shard_map" in op_name and f"/{PER_BATCH_SHARD}/" not in op_name
+    return mapped and not ATTENTION.search(op_name)
 
 
 def _place(kind: str, op_name: str, axes: tuple[str, ...], of_parameter: bool) -> str:

@@ -235,21 +235,32 @@ def compile_loss(experiment: Experiment, mesh: Mesh) -> int | None:
 
 
 STATE_FIELDS = (
-    "model", "preprocess", "tokenizer", "optimizer", "lock", "init_from", "init_towers", "adapter",
-    "objective", "distill", "data",
+    "model", "preprocess", "tokenizer", "optimizer", "lock", "freeze", "init_from", "init_towers",
+    "adapter", "objective", "distill", "data",
 )  # fmt: skip
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes of the train state; cached by the few fields that they depend on."""
-    return _abstract_state(Experiment(**{n: getattr(experiment, n) for n in STATE_FIELDS}))
+    return _abstract_trainer(_of_state(experiment)).abstract_state
+
+
+def checkpoint_bytes(experiment: Experiment) -> int:
+    """Unsharded bytes of the part of a train state that a checkpoint stores."""
+    trainer = _abstract_trainer(_of_state(experiment))
+    return total_bytes(trainer.checkpoint_state(trainer.abstract_state))
+
+
+def _of_state(experiment: Experiment) -> Experiment:
+    """Keep only the fields that the train state depends on, so that caches are hit."""
+    return Experiment(**{name: getattr(experiment, name) for name in STATE_FIELDS})
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_state(experiment: Experiment) -> TrainState:
+def _abstract_trainer(experiment: Experiment) -> Trainer:
     one = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     extra = planned_supervision(experiment)
-    return Trainer(experiment, one, None, extra.classes, extra.teacher).abstract_state
+    return Trainer(experiment, one, None, extra.classes, extra.teacher)
 
 
 def state_bytes(state: TrainState, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> StateBytes:

@@ -60,7 +60,7 @@ def needs(
     """Estimate the requirements of a run, given its step time on a slice.
 
     Args:
-        state_bytes: unsharded bytes of parameters, optimizer and EMA.
+        state_bytes: unsharded bytes of the train state that a checkpoint stores.
         price: price of a chip-hour, in any currency.
     """
     e, chip = experiment, topology.rated_chip

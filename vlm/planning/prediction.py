@@ -25,6 +25,7 @@ from vlm.planning.compile import (
     StateBytes,
     abstract_state,
     bytes_on,
+    checkpoint_bytes,
     compile_loss,
     compile_step,
     on_platform,
@@ -80,7 +81,7 @@ class Plan:
     sent: dict[str, float]  # bytes that each device sends in a step, by purpose
     roofline: Roofline | None  # None if it does not fit, or for CPUs
     calibration: Calibration | None
-    state_bytes: int  # unsharded bytes of parameters, optimizer and EMA
+    state_bytes: int  # unsharded bytes of what a checkpoint stores: see `checkpoint_bytes`
     fits: bool
     refusal: str | None  # the compiler's message if the step does not fit
     largest: LargestBatch | None
@@ -208,7 +209,8 @@ def plan(
     Args:
         topology: "2xv5e:16x16" is two slices, joined by the data center network.
         mesh: "data=32,fsdp=8", a `MeshConfig`, or None for the experiment's own.
-        largest: also search for the largest batch that fits, with more compilations.
+        largest: also search for the largest batch that fits, with more compilations; for GPUs by
+            analytic estimates.
         loss: also compile the loss separately, for its temporaries.
         compiled: False estimates analytically, without compilation.
         calibration: a file of measurements on this kind of chip (`vlm bench train --save`).
@@ -241,6 +243,11 @@ def plan(
                 "--largest-batch out, or sequence_lengths and text_lengths empty"
             )
         return _plan_of_shapes(e, topology, loss=loss, compiled=compiled, calibration=calibration)
+    if largest and topology.chip is None:
+        raise ConfigError(
+            f"{topology.name} has no published memory: leave --largest-batch out, or plan for a "
+            "TPU or GPU"
+        )
     calibrated = calibration_of(topology.chip.name, calibration) if topology.chip else None
     grid = plan_mesh(e, topology, compiled=compiled)
     check_batch_sizes(e, grid)
@@ -264,15 +271,15 @@ def plan(
         for c in collectives:
             sent[c.place] = sent.get(c.place, 0.0) + c.sent
     else:
-        sent = analytic_traffic(e, total_bytes(abstract.params), sizes)
+        sent = analytic_traffic(e, total_bytes(abstract.params), sizes, abstract.frozen)
     if fits and topology.chip is not None:
         if isinstance(step, CompiledStep):
             roofline = compiled_roofline(e, topology, state, step)
         else:
             roofline = analytic_roofline(e, topology, state, sent, sizes)
     largest_fit = None
-    if largest and isinstance(grid, Mesh):
-        largest_fit = largest_batch(e, topology, grid, memory.limit)
+    if largest and memory.limit is not None:
+        largest_fit = largest_batch(e, topology, grid, state, memory.limit)
     return Plan(
         experiment=e,
         topology=topology,
@@ -283,7 +290,7 @@ def plan(
         sent=sent,
         roofline=roofline,
         calibration=calibrated,
-        state_bytes=total_bytes(abstract),
+        state_bytes=checkpoint_bytes(e),
         fits=fits,
         refusal=refusal,
         largest=largest_fit,
@@ -349,7 +356,8 @@ def check_state(state: StateBytes, topology: Topology, mesh: dict[str, int]) -> 
     if topology.chip is None:
         return
     limit = topology.chip.usable
-    needed = 2 * state.parameters + state.optimizer + state.averages + state.teacher
+    # Only trained parameters have gradients.
+    needed = state.parameters + state.trained + state.optimizer + state.averages + state.teacher
     if needed <= limit:
         return
     ways = 2 ** math.ceil(math.log2(needed / limit * mesh["fsdp"] * 1.25))

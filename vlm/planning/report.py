@@ -64,7 +64,7 @@ def parts(plan: Any, price: float | None = None) -> Iterator[RenderableType]:
     if largest := plan.largest:
         yield Text.from_markup(
             f"largest batch that fits: [bold]{largest.batch_size:,}[/] with remat {largest.remat} "
-            f"({_size(largest.peak)} per device; compiled, {len(largest.tried)} tries)"
+            f"({_size(largest.peak)} per device; {largest.basis}, {len(largest.tried)} tries)"
         )
     if not plan.fits:
         yield Text.from_markup(f"[bold red]This does not fit.[/] {_suggestions(plan)}")

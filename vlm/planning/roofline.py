@@ -8,13 +8,13 @@ worst case. `vlm.planning.calibration` has the fraction of the published rates t
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from vlm.config import Experiment, ModelConfig, ViTConfig
-from vlm.models.flops import model_flops
+from vlm.config import Experiment, ViTConfig
+from vlm.models.flops import has_backward, model_flops
 from vlm.planning.analytic import analytic_operations, unit_padding
 from vlm.planning.calibration import MEMORY, WIDTH, Calibration, Range
-from vlm.planning.collectives import LOSS_RING, TENSOR, Collective, in_loss
+from vlm.planning.collectives import LOSS_RING, SELECTION, TENSOR, Collective, in_loss
 from vlm.planning.compile import CompiledStep, StateBytes, planned_supervision
 from vlm.planning.hlo import prefetches
 from vlm.planning.topology import Topology
@@ -138,6 +138,7 @@ def analytic_roofline(
     chip, chips = topology.rated_chip, topology.chips
     compute, memory = analytic_operations(experiment, chip, chips, state)
     ring, rest = sent.get(LOSS_RING, 0.0) / _ring_rate(topology), 0.0
+    rest += _between_slices(topology, state, sent, mesh)
     for place, amount in sent.items():
         if place == TENSOR:  # among neighbours
             rest += _group_seconds(amount, mesh["tensor"], topology) / TENSOR_SHARE
@@ -147,17 +148,38 @@ def analytic_roofline(
     exposed = rest + max(0.0, ring - share)
     launches = 0.0
     if chip.platform == "gpu":
-        layers = _layers(experiment.model)
-        if experiment.objective == "classification":
-            layers = getattr(experiment.model.vision, "depth", 0)
+        e = experiment
+        towers = ("vision",) if e.objective == "classification" else ("vision", "text")
+        layers = 0.0
+        for tower in towers:
+            # A backward pass launches twice as many kernels as a forward pass.
+            passes = 1 + e.in_parts + 2 * has_backward(e, tower)
+            layers += _layers(getattr(e.model, tower)) * passes / 3
+        layers *= e.batch_size // (e.micro_batch_size or e.batch_size)
         if (teacher := planned_supervision(experiment).supervision.teacher) is not None:
-            layers += _layers(teacher) / 3  # forward only
+            layers += (_layers(teacher.vision) + _layers(teacher.text)) / 3  # forward only
         launches = layers * LAUNCHES * LAUNCH_SECONDS
     return Roofline(compute, memory, ring + rest, compute + memory, exposed, launches, "analytic")
 
 
-def _layers(model: ModelConfig) -> int:
-    return sum(getattr(tower, "depth", 0) for tower in (model.vision, model.text))
+def _layers(tower: Any) -> int:
+    """Number of a tower's blocks, in one stack or in stages."""
+    return getattr(tower, "depth", 0) or sum(getattr(tower, "depths", ()))
+
+
+def _between_slices(
+    topology: Topology, state: StateBytes, sent: dict[str, float], mesh: dict[str, int]
+) -> float:
+    """Seconds of what devices send to other slices, over the data center network.
+
+    Gradients are summed within a slice first, so that its replicas each send a part of them.
+    """
+    if topology.slices == 1:
+        return 0.0
+    chip, others = topology.rated_chip, (topology.slices - 1) / topology.slices
+    replicas = mesh["data"] // topology.slices
+    amount = 2 * others * state.trained / replicas + others * sent.get(SELECTION, 0.0)
+    return amount / (chip.network / chip.devices)
 
 
 def mfu(experiment: Experiment, topology: Topology, seconds: float) -> float:
@@ -181,6 +203,8 @@ def _ring_rate(topology: Topology) -> float:
     if chip.platform == "gpu" and topology.chips > chip.box:
         # One GPU of a node sends to the next node over all network adapters.
         return min(chip.link_rate, chip.box * chip.network)
+    if topology.slices > 1:  # the last device of a slice sends to the next slice
+        return min(chip.link_rate, chip.network) / chip.devices
     return chip.link_rate / chip.devices
 
 

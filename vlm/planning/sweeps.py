@@ -35,7 +35,8 @@ def sweep(
 
     Args:
         meshes: if empty, try data parallelism, and fsdp over 8 and over all devices.
-        batch_per_chip: if set, the global batch is this times the number of chips.
+        batch_per_chip: if set, the global batch is this times the number of chips, without
+            micro-batches.
         report: called with a line for each compilation.
 
     Raises:

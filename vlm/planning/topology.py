@@ -1,11 +1,12 @@
 """Slices of chips by name, and described devices to compile for."""
 
+import contextlib
 import difflib
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +157,6 @@ def topology_devices(topology: Topology) -> list[Any]:
         # Nothing runs, so other processes and stale lock files do not matter.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    os.environ.update(variables | os.environ)
     from jax.experimental import topologies
 
     options = {}
@@ -168,7 +168,8 @@ def topology_devices(topology: Topology) -> list[Any]:
         options["num_slices"] = topology.slices
     one_slice = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     try:
-        described = topologies.get_topology_desc(one_slice, "tpu", **options)
+        with _environment(variables):
+            described = topologies.get_topology_desc(one_slice, "tpu", **options)
     except Exception as error:  # whatever the plugin raises
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -176,6 +177,22 @@ def topology_devices(topology: Topology) -> list[Any]:
             "choose another shape or a newer libtpu"
         ) from None
     return list(described.devices)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set those environment variables that are unset, and unset them at the end.
+
+    They describe machines that this process does not have, so a later start of JAX's distributed
+    service, or a plan for another chip, must not read them.
+    """
+    own = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
 
 
 def local_topology(devices: Sequence[Any]) -> Topology | None:
