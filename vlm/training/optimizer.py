@@ -5,6 +5,7 @@ steps, epochs, examples or seconds and lives in the state, not in the compiled s
 """
 
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple, assert_never
 
 import jax
@@ -243,8 +244,10 @@ def _factored_rms(cap: float) -> optax.GradientTransformation:
             return names[0] if len(stacks[names[0]]) == 1 else _stack(names)
 
         labels = jax.tree_util.tree_map_with_path(label, params)
-        names = {"vision", "text", *jax.tree.leaves(labels)} - {"alone"}
-        return optax.partition({"alone": rule} | dict.fromkeys(names, _by_layer(rule)), labels)
+        rules: dict[Hashable, optax.GradientTransformation] = {"alone": rule}
+        for name in {"vision", "text", *jax.tree.leaves(labels)} - {"alone"}:
+            rules[name] = _by_layer(rule)
+        return optax.partition(rules, labels)
 
     def update(updates, state, params=None):
         return parts(updates).update(updates, state, params)
