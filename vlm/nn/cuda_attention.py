@@ -54,7 +54,8 @@ def attend(
     """softmax(query key^T / sqrt(d)) value of every head, for arrays that `fits` accepts.
 
     `mask` is true for real keys, or is how many of the first keys are real. Queries of padding
-    attend too, so that every row is finite. An example without a real key attends to all.
+    attend too, so that every row is finite. An example without a real key has equal
+    weights, as on other platforms.
     "xla" is the reference implementation of the same function, for any dtype and platform.
     """
     n, lengths = query.shape[1], mask
@@ -64,7 +65,9 @@ def attend(
         order = jnp.argsort(~real, axis=1, stable=True)
         key, value, lengths = _rows(key, order), _rows(value, order), real.sum(1)
     if lengths is not None:
-        lengths = jnp.where(lengths > 0, lengths, n).astype(jnp.int32)
+        attends = lengths > 0
+        query = jnp.where(attends[:, None, None, None], query, 0)
+        lengths = jnp.where(attends, lengths, n).astype(jnp.int32)
     if n % 2:  # the backward pass needs an even length
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value)
