@@ -188,9 +188,12 @@ def test_a_plan_can_be_read_in_so_many_columns(width):
     text = printed(lambda console: show(made, console, 2.5), width)
     assert max(map(len, text.splitlines())) <= width
     assert "time to 1,000,000,000 examples" in text.replace("1,000,000,256", "1,000,000,000")
-    plans = sweep(experiment(2**17), ["h100-pcie:64", "2xv5e:16x16"], compiles=0)
-    text = printed(lambda console: show_sweep(plans, console), width)
+    priced = experiment(2**17, examples=10**9)
+    plans = sweep(priced, ["h100-pcie:64", "2xv5e:16x16"], compiles=0)
+    text = printed(lambda console: show_sweep(plans, console, 2.5), width)
     assert max(map(len, text.splitlines())) <= width
+    assert "cost" in text
+    assert ("MFU" in text) == (width > 80)
     assert "2xv5e:16x16" in text
     assert "dots_no_batch" in text
 

@@ -122,7 +122,7 @@ def plan(
             calibration=calibration,
             report=print_status,
         )
-        show_sweep(plans, console)
+        show_sweep(plans, console, price)
         results = [p.to_dict(price) for p in plans]
     else:
         of_mesh = mesh[0] if mesh else None

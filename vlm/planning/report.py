@@ -71,12 +71,15 @@ def parts(plan: Any, price: float | None = None) -> Iterator[RenderableType]:
     yield Text("\n".join(f"{name}: {meaning}" for name, meaning in BASES.items()), style="dim")
 
 
-def show_sweep(plans: list[Any], console: Console) -> None:
-    """Print plans by pairs per second and chip, compiled and analytic ones in separate tables."""
+def show_sweep(plans: list[Any], console: Console, price: float | None = None) -> None:
+    """Print plans by pairs per second and chip, compiled and analytic ones in separate tables.
+
+    With the price of a chip-hour, they have the cost of the run.
+    """
     for compiled, title in ((True, "compiled"), (False, "analytic estimates")):
         rows = sorted((p for p in plans if p.compiled == compiled), key=order)
         if rows:
-            console.print(_sweep_table(rows, title, wide=console.width >= 100))
+            console.print(_sweep_table(rows, title, price, wide=console.width >= 100))
     console.print(f"[dim]expected: {BASES['expected']}[/]", highlight=False)
 
 
@@ -86,32 +89,36 @@ def order(plan: Any) -> tuple:
     return not plan.compiled, not plan.fits, -rate
 
 
-def _sweep_table(plans: list[Any], title: str, *, wide: bool) -> Table:
-    names = ("topology", "mesh", "remat", "batch", "mem", "step", "a chip", "MFU")
+def _sweep_table(plans: list[Any], title: str, price: float | None, *, wide: bool) -> Table:
+    names = ["topology", "mesh", "remat", "batch", "mem", "step", "a chip"]
+    names += ["MFU"] if wide or price is None else []
+    names += ["sent", "pairs/s", "bound"] if wide else []
+    names += [] if price is None else ["cost"]
     table = display.number_table(*names, text=3)
-    for column in table.columns:
+    for name, column in zip(names, table.columns, strict=True):
         column.no_wrap = True
-    if wide:
-        table.add_column("sent", justify="right")
-        table.add_column("pairs/s", justify="right")
-        table.add_column("bound")
+        column.justify = "left" if name == "bound" else column.justify
     table.title, table.box = f"{title}, by pairs per second and chip", box.SIMPLE_HEAD
     table.pad_edge, table.padding = False, (0, 1, 0, 0)
     for p in plans:
-        sizes = "x".join(str(n) for n in p.mesh.values())
-        memory = f"{p.memory.share:.0%}" if p.memory.share else _size(p.memory.peak)
-        row = [p.topology.name, sizes, p.experiment.remat, _short(p.experiment.batch_size), memory]
+        row = {
+            "topology": p.topology.name,
+            "mesh": "x".join(str(n) for n in p.mesh.values()),
+            "remat": p.experiment.remat,
+            "batch": _short(p.experiment.batch_size),
+            "mem": f"{p.memory.share:.0%}" if p.memory.share else _size(p.memory.peak),
+            "step": "" if p.fits else "too large",
+            "sent": _size(sum(p.sent.values())),
+            "bound": p.roofline.bound if p.roofline else "",
+        }
         if prediction := p.prediction:
-            row += [_of(prediction.step_seconds, _short_time, "-")]
-            row += [_of(prediction.pairs_per_second_per_chip, _short, "-")]
-            row += [_of(prediction.mfu, "{:.0%}".format, "-")]
-        else:
-            row += ["" if p.fits else "too large", "", ""]
-        if wide:
-            row += [_size(sum(p.sent.values()))]
-            row += [_of(prediction.pairs_per_second, _count, "-") if prediction else ""]
-            row += [p.roofline.bound if p.roofline else ""]
-        table.add_row(*row)
+            row["step"] = _of(prediction.step_seconds, _short_time, "-")
+            row["a chip"] = _of(prediction.pairs_per_second_per_chip, _short, "-")
+            row["MFU"] = _of(prediction.mfu, "{:.0%}".format, "-")
+            row["pairs/s"] = _of(prediction.pairs_per_second, _count, "-")
+        if (needed := p.needs(price)) and needed.cost:
+            row["cost"] = _of(needed.cost, _count, "-")
+        table.add_row(*(row.get(name, "") for name in names))
     return table
 
 
