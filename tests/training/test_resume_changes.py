@@ -164,6 +164,19 @@ def test_a_truncated_row_of_the_history_hides_no_others(stopped, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_config_that_changed_without_a_row_of_the_history_counts(stopped, tmp_path):
+    """A start that was killed while it recorded a new length; or an edit by hand."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    assert not Run.open(run).edited
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"steps": config["steps"] + 2}))
+    assert Run.open(run).edited
+    assert train(resume=run).total_steps == config["steps"] + 2
+    assert not Run.open(run).edited
+
+
+@pytest.mark.slow
 def test_the_config_of_a_resumed_run_is_read_once(stopped, tmp_path, monkeypatch):
     from vlm.training import run as module
 

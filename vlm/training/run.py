@@ -24,7 +24,7 @@ from vlm.errors import CheckpointError, ConfigError, brief
 from vlm.heads import zero_shot
 from vlm.inputs.tokenizer import Tokenizer
 from vlm.paths import as_config_error, as_path, replace_text
-from vlm.training.changes import check_changes
+from vlm.training.changes import check_changes, settings_digest
 from vlm.training.console import log
 from vlm.training.fewer_devices import DEVICE_FIELDS, devices_before, fitted
 from vlm.training.history import FILE, history_text, read_history
@@ -47,6 +47,9 @@ class Run:
         # [before, now] of each field that a resumed run changes, and its experiment before
         self.changes: dict[str, list[Any]] = {}
         self.before = experiment
+        # Whether config.json has changed since the last start: a start that was killed while it
+        # recorded its changes, or an edit by hand.
+        self.edited = False
         # [in the config, now] of each field that is fitted to fewer devices
         self.fitted: dict[str, list[Any]] = {}
         self._devices: int | None = None  # that the config was chosen for; None: those of now
@@ -96,12 +99,24 @@ class Run:
         run.changes, run.before = check_changes(before, run.experiment), before
         check_same_everywhere(run.experiment, resumed=True)
         check_folder(folder)
+        run.edited = json.loads(broadcast_text(json.dumps(run._is_edited())))
+        if run.edited:
+            log.info(f"{run.config} has changed since the last start of the run")
         run._devices = json.loads(broadcast_text(json.dumps(run._devices_before())))
         return run
 
+    def _is_edited(self) -> bool:
+        """Return the value of `edited`; only process 0 reads it."""
+        rows = self.starts() if jax.process_index() == 0 else []
+        last = rows[-1] if rows else {}
+        # Another version may have other fields.
+        recorded = last.get("settings") if last.get("vlm") == __version__ else None
+        return recorded is not None and recorded != settings_digest(self.before)
+
     def _devices_before(self) -> int | None:
         """Return the number of devices that the config was chosen for; only process 0 reads it."""
-        if jax.process_index() != 0 or any(name.startswith(DEVICE_FIELDS) for name in self.changes):
+        changed = self.edited or any(name.startswith(DEVICE_FIELDS) for name in self.changes)
+        if jax.process_index() != 0 or changed:
             return None
         return devices_before(self.starts())
 
@@ -169,6 +184,7 @@ class Run:
             **({"fitted": self.fitted} if self.fitted else {}),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(),
+            "settings": settings_digest(self.experiment),
             "vlm": __version__,
             "jax": jax.__version__,
         }

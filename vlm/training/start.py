@@ -164,6 +164,7 @@ def _with_length(
     """
     e = run.experiment
     changed = any(name in run.changes for name in LENGTHS)
+    changed |= run.edited and e.seconds is None  # whose steps depend on the speed
     sizes = ("batch_size", "selection", "phases")
     if any(name.startswith(sizes) for name in run.changes):  # so many examples are other steps
         changed |= e.examples is not None or e.epochs is not None
