@@ -1,16 +1,20 @@
 """The search for the largest batch finds it, in few tries."""
 
 import bisect
+import dataclasses
+import io
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from small import experiment
 
 from vlm.errors import ConfigError
 from vlm.planning import plan
 from vlm.planning.batch import search
+from vlm.planning.report import show
 
 
 @settings(deadline=None, max_examples=50)
@@ -64,6 +68,12 @@ def test_the_largest_batch_of_a_gpu_is_estimated():
     made = plan(experiment(512), "l4:1", largest=True)
     assert made.largest is not None
     assert made.largest.basis == made.to_dict()["largest_batch"]["basis"] == "analytic"
-    assert 0.9 * made.memory.limit < made.largest.peak <= made.memory.limit
+    assert made.largest.exact
+    assert 0.97 * made.memory.limit < made.largest.peak <= made.memory.limit
+    short = dataclasses.replace(made, largest=dataclasses.replace(made.largest, exact=False))
+    for shown, warns in ((made, False), (short, True)):
+        console = Console(file=io.StringIO(), width=120)
+        show(shown, console)
+        assert ("a larger one may fit" in console.file.getvalue()) == warns
     with pytest.raises(ConfigError, match="leave --largest-batch out"):
         plan(experiment(512), "cpu:1", largest=True)

@@ -17,6 +17,7 @@ from vlm.sharding import batch_ways
 
 TOLERANCE = 0.02  # relative to the answer
 ROWS = 8  # granularity of the batch per device
+TRIES = {"compiled": 5, "analytic": 30}  # at most
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class LargestBatch:
     remat: str
     peak: float
     tried: tuple[tuple[int, float, bool], ...]  # (batch, bytes per device, whether it fits)
-    basis: Literal["compiled", "analytic"] = "compiled"
+    basis: Literal["compiled", "analytic"]
+    exact: bool  # whether no batch fits that is 2% larger; False: more tries may find a larger one
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"tried": list(self.tried)}
@@ -39,7 +41,6 @@ def largest_batch(
     mesh: Mesh | AbstractMesh,
     state: StateBytes,
     limit: float,
-    compiles: int = 5,
 ) -> LargestBatch:
     """Search for the largest batch with full rematerialisation, which allows the most.
 
@@ -64,7 +65,9 @@ def largest_batch(
         return step.used or math.inf, False
 
     start = max(1, experiment.batch_size // unit)
-    units, tried = search(peak, start, limit, compiles)
+    basis: Literal["compiled", "analytic"]
+    basis = "analytic" if isinstance(mesh, AbstractMesh) else "compiled"
+    units, tried = search(peak, start, limit, TRIES[basis])
     if units is None:
         least = min(tried, key=lambda t: t[1])
         raise ConfigError(
@@ -73,9 +76,10 @@ def largest_batch(
             "--mesh fsdp=N, choose chips with more memory, or a smaller model"
         )
     largest = {t[0]: t for t in tried}[units]
-    basis = "analytic" if isinstance(mesh, AbstractMesh) else "compiled"
     all_tried = tuple((u * unit, p, fits) for u, p, fits in tried)
-    return LargestBatch(units * unit, "full", largest[1], all_tried, basis)
+    failing = min((u for u, _, fits in tried if not fits), default=math.inf)
+    exact = failing - units <= max(1, TOLERANCE * units)
+    return LargestBatch(units * unit, "full", largest[1], all_tried, basis, exact)
 
 
 def search(

@@ -62,9 +62,10 @@ def parts(plan: Any, price: float | None = None) -> Iterator[RenderableType]:
                 "cores per chip (vlm bench data measures)."
             )
     if largest := plan.largest:
+        more = "" if largest.exact else "; a larger one may fit"
         yield Text.from_markup(
             f"largest batch that fits: [bold]{largest.batch_size:,}[/] with remat {largest.remat} "
-            f"({_size(largest.peak)} per device; {largest.basis}, {len(largest.tried)} tries)"
+            f"({_size(largest.peak)} per device; {largest.basis}, {len(largest.tried)} tries{more})"
         )
     if not plan.fits:
         yield Text.from_markup(f"[bold red]This does not fit.[/] {_suggestions(plan)}")
