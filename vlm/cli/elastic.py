@@ -41,6 +41,7 @@ def supervise(
     """
     from vlm.cluster.elastic import Hosts, Supervisor, local_address
     from vlm.paths import as_config_error, as_path
+    from vlm.training.history import read_history
 
     fewest, most = process_count
     if coordinator is not None:
@@ -74,21 +75,16 @@ def supervise(
 
     def progress() -> int:
         """Return the step of the newest checkpoint, which may be local to the hosts."""
-        from vlm.training.history import read_history
-
         checkpoints = run / "checkpoints"
         names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
         steps = [int(name) for name in names if name.isdigit()]
         return max([*steps, *(row["step"] for row in read_history(run)[-1:])], default=-1)
 
     def starts() -> int:
-        from vlm.training.history import read_history
-
         return len(read_history(run))
 
     def problem(processes: int) -> str:
         from vlm.training.fewer_devices import problem_of
-        from vlm.training.history import read_history
         from vlm.training.run import experiment_in
 
         rows = [] if processes == most else read_history(run)

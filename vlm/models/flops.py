@@ -13,7 +13,6 @@ The compiler's own count is of no use here: it sees the body of a loop over laye
 """
 
 import functools
-import re
 from dataclasses import dataclass
 
 from flax import nnx
@@ -23,6 +22,7 @@ from vlm.models import adapters
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.modules import constants
 from vlm.models.towers import text_flops, vision_flops
+from vlm.models.trained import is_trained
 from vlm.nn.remat import recomputed_share
 
 
@@ -146,16 +146,15 @@ def has_backward(experiment: Experiment, tower: str) -> bool:
         return False
     if not e.freeze and e.adapter is None:
         return True
-    frozen = [re.compile(pattern) for pattern in e.freeze]
-    return any(
-        name.startswith(f"{tower}/") and not any(pattern.fullmatch(name) for pattern in frozen)
-        for name in _trainable(e.model, e.adapter)
-    )
+    paths, fixed = _paths(e.model, e.adapter)
+    return any(path[0] == tower and is_trained(e, path, fixed) for path in paths)
 
 
 @functools.lru_cache(maxsize=32)
-def _trainable(model: ModelConfig, adapter: AdapterConfig | None) -> tuple[str, ...]:
-    """Names of the parameters that a step trains, without `lock` and `freeze`."""
+def _paths(
+    model: ModelConfig, adapter: AdapterConfig | None
+) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
+    """Return the paths of a model's variables with its adapter, and those of its constants."""
 
     def build() -> DualEncoder:
         encoder = DualEncoder(model, rngs=nnx.Rngs(0))
@@ -163,10 +162,7 @@ def _trainable(model: ModelConfig, adapter: AdapterConfig | None) -> tuple[str, 
 
     encoder = nnx.eval_shape(build)
     paths = {tuple(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(encoder))}
-    paths -= constants(encoder)
-    if adapter is not None:
-        paths = filter(adapters.is_trained, paths)
-    return tuple(sorted("/".join(path) for path in paths))
+    return paths, constants(encoder)
 
 
 def _backward_passes(e: Experiment, tower: str, part: str) -> int:

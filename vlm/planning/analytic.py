@@ -221,13 +221,12 @@ def analytic_traffic(
         for tower, tree in (frozen or {}).items():
             if experiment.objective == "classification" and tower == "text":
                 continue  # it does not run
-            # int8 kernels are gathered as they are.
-            sizes = [(x.size, x.dtype.itemsize) for x in jax.tree.leaves(tree)]
             if gathers_once:
-                moved += sum(n * size for n, size in sizes)
-            else:
+                moved += total_bytes(tree)
+            else:  # int8 kernels as they are
                 runs = passes if has_backward(experiment, tower) else passes - 1
-                moved += parts * runs * sum(n * min(size, narrow) for n, size in sizes)
+                sizes = (x.size * min(x.dtype.itemsize, narrow) for x in jax.tree.leaves(tree))
+                moved += parts * runs * sum(sizes)
         if extra.embedding is not None:
             moved += total_bytes(extra.embedding.parameters)  # once, in float32
         sent[FSDP] = moved / tensor * (fsdp - 1) / fsdp

@@ -362,10 +362,8 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
                 if "blocks" not in names:
                     return x * factors[0]
                 return x * jnp.array(factors, x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-            below = names[1:2] == ("position",) and names[0] in attending
-            if below or _is_below_blocks(names):
-                return x * decay ** (len(all_blocks) + 1)
-            return x
+            below = _is_below_blocks(names, attends=names[0] in attending)
+            return x * decay ** (len(all_blocks) + 1) if below else x
 
         return jax.tree_util.tree_map_with_path(scale, updates)
 
@@ -385,7 +383,7 @@ def _blocks(names: tuple[str, ...], shape: tuple[int, ...]) -> list[Block]:
 
     The first layers of a stage belong to its first block.
     """
-    if not {*names[1:2]} & {"stem", "stages", "transformer", "blocks"}:
+    if len(names) < 2 or names[1] not in ("stem", "stages", "transformer", "blocks"):
         return []
     section = int(names[1] != "stem")
     if section == 0 and names[2].startswith("last"):
@@ -400,9 +398,11 @@ def _blocks(names: tuple[str, ...], shape: tuple[int, ...]) -> list[Block]:
     return [Block(section, *numbers[:2])] if "stages" in names else []
 
 
-def _is_below_blocks(names: tuple[str, ...]) -> bool:
-    """Whether a parameter is below the blocks of its tower, in any tower that has its name."""
+def _is_below_blocks(names: tuple[str, ...], *, attends: bool) -> bool:
+    """Whether a parameter is below the blocks of its tower, which have attention or not."""
+    if names[0] not in ("vision", "text"):
+        return False
+    if names[1] == "position":
+        return attends  # else they are those of a ResNet's pool
     first = ("embedding", "embedding_norm", "class_token", "registers", "pre_norm")
-    return names[0] in ("vision", "text") and (
-        names[1].startswith("stem") or names[1] in (*first, "relative_position_bias")
-    )
+    return names[1].startswith("stem") or names[1] in (*first, "relative_position_bias")

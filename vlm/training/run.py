@@ -99,26 +99,21 @@ class Run:
         run.changes, run.before = check_changes(before, run.experiment), before
         check_same_everywhere(run.experiment, resumed=True)
         check_folder(folder)
-        run.edited = json.loads(broadcast_text(json.dumps(run._is_edited())))
+        rows = run.starts() if jax.process_index() == 0 else []
+        known = broadcast_text(json.dumps([run._is_edited(rows), devices_before(rows)]))
+        run.edited, devices = json.loads(known)
         if run.edited:
             log.info(f"{run.config} has changed since the last start of the run")
-        run._devices = json.loads(broadcast_text(json.dumps(run._devices_before())))
+        if not run.edited and not any(name.startswith(DEVICE_FIELDS) for name in run.changes):
+            run._devices = devices
         return run
 
-    def _is_edited(self) -> bool:
-        """Return the value of `edited`; only process 0 reads it."""
-        rows = self.starts() if jax.process_index() == 0 else []
+    def _is_edited(self, rows: list[dict[str, Any]]) -> bool:
+        """Return the value of `edited`, from the history."""
         last = rows[-1] if rows else {}
         # Another version may have other fields.
         recorded = last.get("settings") if last.get("vlm") == __version__ else None
         return recorded is not None and recorded != settings_digest(self.before)
-
-    def _devices_before(self) -> int | None:
-        """Return the number of devices that the config was chosen for; only process 0 reads it."""
-        changed = self.edited or any(name.startswith(DEVICE_FIELDS) for name in self.changes)
-        if jax.process_index() != 0 or changed:
-            return None
-        return devices_before(self.starts())
 
     def for_devices(self, experiment: Experiment) -> Experiment:
         """Return an experiment of the run for the devices of this start, which may be fewer."""

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from vlm.models.dual_encoder import DualEncoder
 from vlm.models.float8 import in_float8
 from vlm.models.flops import Supervision
 from vlm.models.modules import constants
+from vlm.models.trained import is_frozen, is_trained
 from vlm.nn.fsdp import (
     Dimensions,
     fsdp_dimensions,
@@ -382,14 +382,12 @@ class Trainer:
     def partition(self, params: Params) -> tuple[Params, Params]:
         """Split the parameters of a whole model and its heads into (trained, frozen)."""
         e = self.experiment
-        fixed = {e.lock} | UNTRAINED.get(e.objective, set())
+        unused = UNTRAINED.get(e.objective, set())
 
         def trained(path):
-            if any(re.fullmatch(pattern, "/".join(path)) for pattern in e.freeze):
-                return False
-            in_model = e.adapter is None or adapters.is_trained(path)
-            in_model &= path not in self.constants
-            return path[0] in HEADS or (path[0] not in fixed and in_model)
+            if path[0] in HEADS:
+                return not is_frozen(e, path)
+            return path[0] not in unused and is_trained(e, path, self.constants)
 
         return partition(params, trained)
 
